@@ -1,0 +1,1 @@
+"""SQuAD's format, the generated corpus, downloads."""

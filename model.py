@@ -1,0 +1,351 @@
+"""BERT with a span head, written by hand, that opens and saves Hugging Face checkpoints.
+
+One idea: a model is its tensors. BERT is 12 identical layers around two sublayers (self-attention and a
+feed-forward network), so a table of a dozen names is all it takes to read anybody's checkpoint. Every layer
+may have its own number of heads and FFN dimensions, which is what block pruning leaves behind.
+
+    model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
+    start, end = model(input_ids, attention_mask, token_type_ids)      # logits, each (B, T)
+    model.save_pretrained("out/mine")                                  # `transformers` opens it
+
+Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswani et al., Attention Is All You
+Need, 2017 (arXiv 1706.03762), section 3.2.
+
+Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions.
+"""
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import struct
+import warnings
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A layer whose heads are all deleted has matrices of size 0; there is nothing in them to initialise.
+warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
+@dataclass
+class BertConfig:
+    """The fields of Hugging Face's config.json that shape the computation, with BERT-base's values.
+
+    The last two are for compact models: the heads and FFN dimensions left in each layer.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768                       # C
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12                # H before pruning: D = C / H
+    intermediate_size: int = 3072                # F before pruning
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    heads_per_layer: list[int] | None = None
+    ffn_per_layer: list[int] | None = None
+
+    def __post_init__(self):
+        for field in fields(self)[:-2]:
+            value, kind = getattr(self, field.name), type(field.default)
+            fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+            if not fits or (kind is int and value < 1) or (kind is float and not 0 <= value < 1):
+                raise ValueError(f"{field.name} is {value!r}, expected something like {field.default!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                             f"{self.num_attention_heads}")
+        self.heads_per_layer = self._per_layer("heads_per_layer", self.num_attention_heads)
+        self.ffn_per_layer = self._per_layer("ffn_per_layer", self.intermediate_size)
+
+    def _per_layer(self, name: str, most: int) -> list[int]:
+        sizes = getattr(self, name)
+        if sizes is None:
+            return [most] * self.num_hidden_layers
+        if not isinstance(sizes, list) or len(sizes) != self.num_hidden_layers or \
+                not all(type(size) is int and 0 <= size <= most for size in sizes):
+            raise ValueError(f"{name} must be {self.num_hidden_layers} whole numbers from 0 to {most}")
+        return sizes
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def read(cls, path: Path) -> BertConfig:
+        """Read config.json; fields that do not concern this model are ignored. Raises ValueError."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+        if not isinstance(values, dict) or values.get("model_type", "bert") != "bert" or \
+                values.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(f"{path}: not the configuration of a BERT with absolute positions")
+        try:
+            return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        if self == BertConfig(**{**values, "heads_per_layer": None, "ffn_per_layer": None}):
+            del values["heads_per_layer"], values["ffn_per_layer"]        # nothing deleted: plain BERT
+        return json.dumps({"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values}, indent=2)
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+class Embeddings(nn.Module):
+    """Token + position + segment, normalised."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)                    # (T,)
+        x = self.word(input_ids) + self.position(position) + self.segment(token_type_ids)       # (B, T, C)
+        return self.dropout(self.norm(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in every head, then the output matrix."""
+
+    def __init__(self, config: BertConfig, heads: int):
+        super().__init__()
+        self.heads, self.head_size = heads, config.head_size
+        width = heads * config.head_size
+        self.query = nn.Linear(config.hidden_size, width)
+        self.key = nn.Linear(config.hidden_size, width)
+        self.value = nn.Linear(config.hidden_size, width)
+        self.output = nn.Linear(width, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                          # (B, T, C)
+        if self.heads == 0:
+            return self.output.bias                                                       # (C,), a constant
+        B, T, _ = x.shape
+        q, k, v = (project(x).view(B, T, self.heads, self.head_size).transpose(1, 2)      # (B, H, T, D)
+                   for project in (self.query, self.key, self.value))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           dropout_p=self.dropout.p if self.training else 0.0)
+        return self.output(x.transpose(1, 2).flatten(2))                                  # (B, T, C)
+
+
+class FFN(nn.Module):
+    """activation(x W1^T + b1) W2^T + b2: every FFN dimension is a row of W1 and a column of W2."""
+
+    def __init__(self, config: BertConfig, dimensions: int):
+        super().__init__()
+        self.first = nn.Linear(config.hidden_size, dimensions)
+        self.second = nn.Linear(dimensions, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:                                               # (B, T, C)
+        if self.first.out_features == 0:
+            return self.second.bias                                                       # (C,), a constant
+        return self.second(self.activation(self.first(x)))
+
+
+class Layer(nn.Module):
+    """Attention, then FFN; each is added to its input, and the sum normalised."""
+
+    def __init__(self, config: BertConfig, heads: int, dimensions: int):
+        super().__init__()
+        self.attention = Attention(config, heads)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn = FFN(config, dimensions)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                          # (B, T, C)
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class BertForQuestionAnswering(nn.Module):
+    """BERT and two numbers a token: how likely the answer starts there, and how likely it ends there."""
+
+    def __init__(self, config: BertConfig):
+        """Random weights: normal with standard deviation `initializer_range`, biases 0 (BERT, appendix A.2)."""
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, heads, dimensions) for heads, dimensions
+                                    in zip(config.heads_per_layer, config.ffn_per_layer))
+        self.span = nn.Linear(config.hidden_size, 2)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids, 1 for tokens and 0 for padding, segment 0 or 1, each (B, T) -> start and end logits, each (B, T)."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()      # (B, 1, 1, T)
+        x = self.embeddings(input_ids, token_type_ids)                                          # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, mask)
+        start, end = self.span(x).unbind(-1)
+        return start, end
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> BertForQuestionAnswering:
+        """Open a dense, masked or compact model. The span head is random where the checkpoint has none.
+
+        Raises ValueError or OSError, naming the file and the weight, if anything the model needs is missing or misshapen.
+        """
+        config = BertConfig.read(Path(folder) / "config.json")
+        file, tensors = read_weights(Path(folder))
+        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
+        with torch.device("meta"):                           # shapes only: no memory until they are checked
+            model = cls(config)
+        state = {}
+        for name, parameter in model.state_dict().items():
+            theirs = hugging_face_name(name)
+            tensor = tensors.get(theirs)
+            if tensor is None and name.startswith("span.") and not {"qa_outputs.weight", "qa_outputs.bias"} & set(tensors):
+                tensor = torch.randn(parameter.shape) * config.initializer_range * (parameter.ndim > 1)
+            if tensor is None:
+                raise ValueError(f"{file}: weight {theirs!r} is missing; is this a BERT checkpoint, and whole?")
+            if tensor.shape != parameter.shape or not tensor.is_floating_point():
+                raise ValueError(f"{file}: weight {theirs!r} is {tensor.dtype} {list(tensor.shape)}, "
+                                 f"but config.json makes it float {list(parameter.shape)}")
+            state[name] = tensor.to(torch.float32, copy=True)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path):
+        """Write config.json and model.safetensors in Hugging Face's layout and names."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_safetensors(Path(folder) / "model.safetensors",
+                          {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()})
+        (Path(folder) / "config.json").write_text(self.config.to_json() + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------- names: ours -> Hugging Face's
+
+NAMES = {
+    "embeddings.word": "bert.embeddings.word_embeddings",
+    "embeddings.position": "bert.embeddings.position_embeddings",
+    "embeddings.segment": "bert.embeddings.token_type_embeddings",
+    "embeddings.norm": "bert.embeddings.LayerNorm",
+    "layers.#.attention.query": "bert.encoder.layer.#.attention.self.query",
+    "layers.#.attention.key": "bert.encoder.layer.#.attention.self.key",
+    "layers.#.attention.value": "bert.encoder.layer.#.attention.self.value",
+    "layers.#.attention.output": "bert.encoder.layer.#.attention.output.dense",
+    "layers.#.attention_norm": "bert.encoder.layer.#.attention.output.LayerNorm",
+    "layers.#.ffn.first": "bert.encoder.layer.#.intermediate.dense",
+    "layers.#.ffn.second": "bert.encoder.layer.#.output.dense",
+    "layers.#.ffn_norm": "bert.encoder.layer.#.output.LayerNorm",
+    "span": "qa_outputs",
+}
+
+
+def hugging_face_name(ours: str) -> str:
+    """layers.7.ffn.first.weight -> bert.encoder.layer.7.intermediate.dense.weight"""
+    module, _, kind = ours.rpartition(".")
+    layer = re.search(r"\d+", module)
+    return NAMES[re.sub(r"\d+", "#", module)].replace("#", layer.group() if layer else "") + "." + kind
+
+
+def canonical_name(theirs: str) -> str:
+    """Old and short spellings of a Hugging Face name -> the one in the table above."""
+    name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", theirs))
+    return "bert." + name if name.startswith(("embeddings.", "encoder.")) else name
+
+
+# ------------------------------------------------------------------------------------------ weight files
+
+
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """model.safetensors, else pytorch_model.bin: the file and its tensors by name. Weights are data, never code."""
+    if (path := folder / "model.safetensors").exists():
+        return path, read_safetensors(path)
+    if not (path := folder / "pytorch_model.bin").exists():
+        raise ValueError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; is the download complete?")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return path, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    except Exception as error:         # whatever a damaged or hostile file makes torch.load raise
+        raise ValueError(f"{path}: not a plain file of tensors ({str(error).splitlines()[0]})") from None
+
+
+# The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON: name -> dtype, shape
+# and where the bytes begin and end), then the bytes themselves, without gaps.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file. The tensors are views of the file: copy what you keep.
+
+    Raises ValueError, naming the file and the tensor, unless all is as the format says.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+        if length > size - 8 or length > 100_000_000:
+            raise ValueError(f"{path}: the header's length ({length} bytes) does not fit the file ({size} bytes); "
+                             f"it is cut off or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            spans = sorted((*entry["data_offsets"], entry["dtype"], entry["shape"], name)
+                           for name, entry in header.items())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: the header is not safetensors' ({type(error).__name__}: {error})") from None
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors, position = {}, 0
+    for begin, end, dtype, shape, name in spans:
+        if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+            raise ValueError(f"{path}: {name!r} has an unknown type or a shape that is not whole numbers")
+        count = prod(shape)
+        if begin != position or end - begin != count * DTYPES[dtype].itemsize or end > size - 8 - length:
+            raise ValueError(f"{path}: the bytes of {name!r} overlap, leave a gap, do not fit its shape or are cut off")
+        tensors[name] = (torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=8 + length + begin)
+                         if count else torch.empty(0, dtype=DTYPES[dtype])).view(shape)
+        position = end
+    if position != size - 8 - length:
+        raise ValueError(f"{path}: {size - 8 - length - position} bytes at the end belong to no tensor")
+    return tensors
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]):
+    """Write tensors in the safetensors format; the file appears whole or not at all."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                          # tensors start at a multiple of 8
+    partial_path = Path(f"{path}.partial")
+    with open(partial_path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    os.replace(partial_path, path)

@@ -1,0 +1,153 @@
+"""Block movement pruning for any nn.Linear: learn, block by block, which weights can go.
+
+One idea: the weight a layer uses is computed from the weight it stores, W' = W * expand(M), where the
+mask M has one entry per block. M is 0 or 1, so it has no slope; the straight-through estimator takes its
+slope with respect to the block's score S as 1. A score then rises when gradient descent moves its block
+away from zero and falls when it moves it towards zero. The best scores of a group stay.
+
+    group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.attention.output"])
+    ...each step: group.keep(cubic_density(step, 100, 600, final=0.25)); loss.backward(); optimizer.step()
+    bake(model)                       # plain nn.Linear layers again, with exact zeros
+
+Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3;
+Sanh et al., Movement Pruning, 2020 (arXiv 2005.07683), section 4.
+
+Shapes in comments: a matrix is (out, in); its blocks are r x c; its scores are (R, C), where
+R = ceil(out / r) and C = ceil(in / c), so blocks at the edges may be smaller.
+"""
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class BlockMask(nn.Module):
+    """W' = W * expand(M): a parametrization of a weight (out, in) by scores (R, C).
+
+    dL/dW    = dL/dW' * expand(M)
+    dL/dS_ij = sum over block ij of dL/dW' * W
+    """
+
+    def __init__(self, scores: nn.Parameter, block: tuple[int, int], transposed: bool = False):
+        """`transposed`: the weight is (in, out) and its blocks c x r, scored by the same (R, C)."""
+        super().__init__()
+        self.scores, self.block, self.transposed = scores, block, transposed
+        self.register_buffer("kept", torch.ones_like(scores))                   # (R, C), 0 or 1
+
+    def forward(self, weight: Tensor) -> Tensor:
+        mask = self.kept + (self.scores - self.scores.detach())   # value of kept, gradient of scores
+        r, c = self.block
+        if self.transposed:
+            mask, r, c = mask.T, c, r
+        (R, C), (rows, columns) = mask.shape, weight.shape
+        padded = F.pad(weight, (0, C * c - columns, 0, R * r - rows))           # (R r, C c)
+        product = padded.view(R, r, C, c) * mask.reshape(R, 1, C, 1)            # expand(M), as a view
+        return product.view(R * r, C * c)[:rows, :columns]
+
+
+class BlockGroup:
+    """Linear layers whose blocks are ranked together; masks are attached to `model` at once."""
+
+    def __init__(self, model: nn.Module, block: str, rows: list[str], columns: list[str] = (),
+                 unit: int = 1):
+        """Mask the nn.Linear layers whose names match.
+
+        block    "32x32", "1xall", ...: r output by c input dimensions, `all` for a whole dimension
+        rows     name patterns of matrices that get r x c blocks (a layer's query, key, value)
+        columns  name patterns of matrices that read what those write: c x r blocks (the output matrix)
+        unit     rows that live or die together (a head's size). Where the block is r x all and r a
+                 multiple of `unit`, the n-th match of every pattern shares its scores: the same rows
+                 and columns go. Scores then get the gradients of all of them.
+        """
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        found = [[linears[name] for name in linears if fnmatch(name, pattern)]
+                 for pattern in (*rows, *columns)]
+        if not all(found):
+            raise ValueError(f"no nn.Linear is named like {[*rows, *columns][found.index([])]!r}")
+        r, c = parse_block(block)
+        tie = c is None and r is not None and r % unit == 0
+        if tie and len({len(matches) for matches in found}) > 1:
+            raise ValueError(f"{block} ties matrices together, but the patterns match "
+                             f"{', '.join(str(len(matches)) for matches in found)} layers")
+        self.masks: list[list[BlockMask]] = []          # one inner list for every scores parameter
+        for position, matches in enumerate(found):
+            transposed = position >= len(rows)
+            for n, linear in enumerate(matches):
+                out, in_ = linear.weight.shape if not transposed else linear.weight.T.shape
+                size = (min(r or out, out), min(c or in_, in_))
+                shape = (-(-out // size[0]), -(-in_ // size[1]))
+                if tie and position > 0:
+                    tied = self.masks[n]
+                    if tied[0].scores.shape != shape:
+                        raise ValueError(f"{block} ties matrices together whose sizes differ")
+                else:
+                    tied = []
+                    self.masks.append(tied)
+                scores = tied[0].scores if tied else nn.Parameter(linear.weight.new_zeros(shape))
+                tied.append(BlockMask(scores, size, transposed))
+                parametrize.register_parametrization(linear, "weight", tied[-1])
+
+    @property
+    def scores(self) -> list[nn.Parameter]:
+        return [tied[0].scores for tied in self.masks]
+
+    @torch.no_grad()
+    def keep(self, density: float):
+        """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index."""
+        scores = torch.cat([scores.flatten() for scores in self.scores])
+        kept = best(scores, round(density * scores.numel())).split([s.numel() for s in self.scores])
+        for tied, part in zip(self.masks, kept):
+            for mask in tied:
+                mask.kept.copy_(part.view_as(mask.scores))
+
+    @property
+    def density(self) -> float:
+        """The fraction of blocks kept."""
+        kept = [tied[0].kept for tied in self.masks]
+        return sum(k.sum().item() for k in kept) / sum(k.numel() for k in kept)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """True for the k greatest scores (n,), the first ones where they tie."""
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(scores.numel() - k + 1).values
+    kept = scores > threshold
+    kept[(scores == threshold).nonzero().flatten()[:k - int(kept.sum())]] = True
+    return kept
+
+
+def cubic_density(step: int, start: int, end: int, final: float) -> float:
+    """v(t) = v_end + (1 - v_end) * (1 - (t - t0) / (t1 - t0))^3 from `start` t0 to `end` t1."""
+    if step < start:
+        return 1.0
+    if step >= end:
+        return final
+    return final + (1 - final) * (1 - (step - start) / (end - start)) ** 3
+
+
+def bake(model: nn.Module):
+    """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight") and \
+                isinstance(module.parametrizations.weight[0], BlockMask):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+def densities(model: nn.Module, pattern: str = "*") -> dict[str, tuple[int, int]]:
+    """Weights that are not zero, and all weights, of every nn.Linear whose name matches."""
+    return {name: (int(module.weight.count_nonzero()), module.weight.numel())
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and fnmatch(name, pattern)}
+
+
+def parse_block(text: str) -> tuple[int | None, int | None]:
+    """"32x16" -> (32, 16); "1xall" -> (1, None). Raises ValueError."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part == "all" or (part.isdecimal() and int(part) > 0) for part in parts):
+        raise ValueError(f"block {text!r} makes no sense; give rows x columns, such as 32x32, 1xall or 1x1")
+    return tuple(None if part == "all" else int(part) for part in parts)
