@@ -1,15 +1,15 @@
 """BERT with a span head, written by hand, that opens and saves Hugging Face checkpoints.
 
-One idea: a model is its tensors. BERT is 12 identical layers around two sublayers (self-attention and a
-feed-forward network), so a table of a dozen names is all it takes to read anybody's checkpoint. Every layer
-may have its own number of heads and FFN dimensions, which is what block pruning leaves behind.
+One idea: a model is its tensors. BERT is 12 identical layers of two sublayers (self-attention and a
+feed-forward network), so a table of a dozen names is all it takes to read anybody's checkpoint.
+Every layer may have its own number of heads and FFN dimensions: that is what block pruning leaves.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids)      # logits, each (B, T)
     model.save_pretrained("out/mine")                                  # `transformers` opens it
 
-Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswani et al., Attention Is All You
-Need, 2017 (arXiv 1706.03762), section 3.2.
+Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswani et al., Attention
+Is All You Need, 2017 (arXiv 1706.03762), section 3.2.
 
 Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions.
 """
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A layer whose heads are all deleted has matrices of size 0; there is nothing in them to initialise.
+# A layer whose heads are all deleted has matrices of size 0: there is nothing to initialise.
 warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -61,14 +61,14 @@ class BertConfig:
     def __post_init__(self):
         for field in fields(self)[:-2]:
             value, kind = getattr(self, field.name), type(field.default)
-            fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-            if not fits or (kind is int and value < 1) or (kind is float and not 0 <= value < 1):
-                raise ValueError(f"{field.name} is {value!r}, expected something like {field.default!r}")
+            if type(value) not in ((int, float) if kind is float else (kind,)) or \
+                    (kind is int and value < 1) or (kind is float and not 0 <= value < 1):
+                raise ValueError(f"{field.name} is {value!r}; a typical value is {field.default!r}")
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {[*ACTIVATIONS]}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
-                             f"{self.num_attention_heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
+                             f"num_attention_heads {self.num_attention_heads}")
         self.heads_per_layer = self._per_layer("heads_per_layer", self.num_attention_heads)
         self.ffn_per_layer = self._per_layer("ffn_per_layer", self.intermediate_size)
 
@@ -78,7 +78,7 @@ class BertConfig:
             return [most] * self.num_hidden_layers
         if not isinstance(sizes, list) or len(sizes) != self.num_hidden_layers or \
                 not all(type(size) is int and 0 <= size <= most for size in sizes):
-            raise ValueError(f"{name} must be {self.num_hidden_layers} whole numbers from 0 to {most}")
+            raise ValueError(f"{name} must be {self.num_hidden_layers} numbers from 0 to {most}")
         return sizes
 
     @property
@@ -87,7 +87,7 @@ class BertConfig:
 
     @classmethod
     def read(cls, path: Path) -> BertConfig:
-        """Read config.json; fields that do not concern this model are ignored. Raises ValueError."""
+        """Read config.json, ignoring fields that do not concern this model. Raises ValueError."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -96,18 +96,19 @@ class BertConfig:
                 values.get("position_embedding_type", "absolute") != "absolute":
             raise ValueError(f"{path}: not the configuration of a BERT with absolute positions")
         try:
-            return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> str:
         values = asdict(self)
         if self == BertConfig(**{**values, "heads_per_layer": None, "ffn_per_layer": None}):
-            del values["heads_per_layer"], values["ffn_per_layer"]        # nothing deleted: plain BERT
-        return json.dumps({"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values}, indent=2)
+            del values["heads_per_layer"], values["ffn_per_layer"]     # nothing deleted: plain BERT
+        values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values}
+        return json.dumps(values, indent=2) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 class Embeddings(nn.Module):
@@ -122,13 +123,13 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)                    # (T,)
-        x = self.word(input_ids) + self.position(position) + self.segment(token_type_ids)       # (B, T, C)
-        return self.dropout(self.norm(x))
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)              # (T,)
+        x = self.word(input_ids) + self.position(position) + self.segment(token_type_ids)
+        return self.dropout(self.norm(x))                                                # (B, T, C)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in every head, then the output matrix."""
+    """Self-attention: softmax(Q K^T / sqrt(D)) V in each head, then the output matrix."""
 
     def __init__(self, config: BertConfig, heads: int):
         super().__init__()
@@ -140,15 +141,15 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                          # (B, T, C)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                         # (B, T, C)
         if self.heads == 0:
-            return self.output.bias                                                       # (C,), a constant
+            return self.output.bias                                               # (C,), a constant
         B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, self.heads, self.head_size).transpose(1, 2)      # (B, H, T, D)
+        q, k, v = (project(x).view(B, T, self.heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
                    for project in (self.query, self.key, self.value))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            dropout_p=self.dropout.p if self.training else 0.0)
-        return self.output(x.transpose(1, 2).flatten(2))                                  # (B, T, C)
+        return self.output(x.transpose(1, 2).flatten(2))                                 # (B, T, C)
 
 
 class FFN(nn.Module):
@@ -160,9 +161,9 @@ class FFN(nn.Module):
         self.second = nn.Linear(dimensions, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:                                               # (B, T, C)
+    def forward(self, x: Tensor) -> Tensor:                                              # (B, T, C)
         if self.first.out_features == 0:
-            return self.second.bias                                                       # (C,), a constant
+            return self.second.bias                                               # (C,), a constant
         return self.second(self.activation(self.first(x)))
 
 
@@ -177,16 +178,16 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                          # (B, T, C)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                         # (B, T, C)
         x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class BertForQuestionAnswering(nn.Module):
-    """BERT and two numbers a token: how likely the answer starts there, and how likely it ends there."""
+    """BERT and two numbers for every token: how likely the answer starts there, and ends there."""
 
     def __init__(self, config: BertConfig):
-        """Random weights: normal with standard deviation `initializer_range`, biases 0 (BERT, appendix A.2)."""
+        """Random weights: normal with standard deviation `initializer_range`; biases 0."""
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
@@ -201,11 +202,17 @@ class BertForQuestionAnswering(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids, 1 for tokens and 0 for padding, segment 0 or 1, each (B, T) -> start and end logits, each (B, T)."""
+        """Start and end logits, each (B, T).
+
+        input_ids, attention_mask (1 for tokens, 0 for padding) and token_type_ids (0 for the
+        question, 1 for the context) are (B, T).
+        """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()      # (B, 1, 1, T)
-        x = self.embeddings(input_ids, token_type_ids)                                          # (B, T, C)
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, None, None, :].bool()                            # (B, 1, 1, T)
+        x = self.embeddings(input_ids, token_type_ids)                                   # (B, T, C)
         for layer in self.layers:
             x = layer(x, mask)
         start, end = self.span(x).unbind(-1)
@@ -213,26 +220,27 @@ class BertForQuestionAnswering(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> BertForQuestionAnswering:
-        """Open a dense, masked or compact model. The span head is random where the checkpoint has none.
+        """Open a dense, masked or compact model; the span head is random where there is none.
 
-        Raises ValueError or OSError, naming the file and the weight, if anything the model needs is missing or misshapen.
+        Raises ValueError or OSError, naming the file and the weight that is missing or misshapen.
         """
         config = BertConfig.read(Path(folder) / "config.json")
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-        with torch.device("meta"):                           # shapes only: no memory until they are checked
+        if not {"qa_outputs.weight", "qa_outputs.bias"} & set(tensors):
+            head = torch.randn(2, config.hidden_size) * config.initializer_range
+            tensors |= {"qa_outputs.weight": head, "qa_outputs.bias": torch.zeros(2)}
+        with torch.device("meta"):                           # shapes only: no memory until checked
             model = cls(config)
         state = {}
         for name, parameter in model.state_dict().items():
             theirs = hugging_face_name(name)
             tensor = tensors.get(theirs)
-            if tensor is None and name.startswith("span.") and not {"qa_outputs.weight", "qa_outputs.bias"} & set(tensors):
-                tensor = torch.randn(parameter.shape) * config.initializer_range * (parameter.ndim > 1)
             if tensor is None:
-                raise ValueError(f"{file}: weight {theirs!r} is missing; is this a BERT checkpoint, and whole?")
+                raise ValueError(f"{file}: no weight {theirs!r}; is this BERT's, and whole?")
             if tensor.shape != parameter.shape or not tensor.is_floating_point():
-                raise ValueError(f"{file}: weight {theirs!r} is {tensor.dtype} {list(tensor.shape)}, "
-                                 f"but config.json makes it float {list(parameter.shape)}")
+                raise ValueError(f"{file}: {theirs!r} is {tensor.dtype} {list(tensor.shape)}, "
+                                 f"but by config.json it is float {list(parameter.shape)}")
             state[name] = tensor.to(torch.float32, copy=True)
         model.load_state_dict(state, assign=True)
         return model
@@ -240,12 +248,12 @@ class BertForQuestionAnswering(nn.Module):
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_safetensors(Path(folder) / "model.safetensors",
-                          {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()})
-        (Path(folder) / "config.json").write_text(self.config.to_json() + "\n", encoding="utf-8")
+        tensors = {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()}
+        write_safetensors(Path(folder) / "model.safetensors", tensors)
+        (Path(folder) / "config.json").write_text(self.config.to_json(), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------- names: ours -> Hugging Face's
+# -------------------------------------------------------------------- names: ours -> Hugging Face's
 
 NAMES = {
     "embeddings.word": "bert.embeddings.word_embeddings",
@@ -267,8 +275,8 @@ NAMES = {
 def hugging_face_name(ours: str) -> str:
     """layers.7.ffn.first.weight -> bert.encoder.layer.7.intermediate.dense.weight"""
     module, _, kind = ours.rpartition(".")
-    layer = re.search(r"\d+", module)
-    return NAMES[re.sub(r"\d+", "#", module)].replace("#", layer.group() if layer else "") + "." + kind
+    layer = "".join(re.findall(r"\d+", module))
+    return NAMES[re.sub(r"\d+", "#", module)].replace("#", layer) + "." + kind
 
 
 def canonical_name(theirs: str) -> str:
@@ -277,27 +285,27 @@ def canonical_name(theirs: str) -> str:
     return "bert." + name if name.startswith(("embeddings.", "encoder.")) else name
 
 
-# ------------------------------------------------------------------------------------------ weight files
+# ------------------------------------------------------------------------------------- weight files
 
 
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """model.safetensors, else pytorch_model.bin: the file and its tensors by name. Weights are data, never code."""
+    """model.safetensors, else pytorch_model.bin: the file, and its tensors by name."""
     if (path := folder / "model.safetensors").exists():
         return path, read_safetensors(path)
     if not (path := folder / "pytorch_model.bin").exists():
-        raise ValueError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; is the download complete?")
-    try:
+        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
+    try:                                                     # weights are data, never code
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return path, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    except Exception as error:         # whatever a damaged or hostile file makes torch.load raise
-        raise ValueError(f"{path}: not a plain file of tensors ({str(error).splitlines()[0]})") from None
+        return path, {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    except Exception as error:                               # a damaged file raises anything
+        raise ValueError(f"{path}: not a plain file of tensors ({type(error).__name__})") from None
 
 
-# The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON: name -> dtype, shape
-# and where the bytes begin and end), then the bytes themselves, without gaps.
+# The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
+# name -> dtype, shape and where its bytes begin and end), then the bytes themselves, without gaps.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -309,28 +317,29 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
         if length > size - 8 or length > 100_000_000:
-            raise ValueError(f"{path}: the header's length ({length} bytes) does not fit the file ({size} bytes); "
-                             f"it is cut off or no safetensors file")
+            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; "
+                             "the file is cut off or not in the safetensors format")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             spans = sorted((*entry["data_offsets"], entry["dtype"], entry["shape"], name)
                            for name, entry in header.items())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: the header is not safetensors' ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{path}: not a safetensors header ({error!r})") from None
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors, position = {}, 0
+    tensors, position, start = {}, 0, 8 + length
     for begin, end, dtype, shape, name in spans:
         if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-            raise ValueError(f"{path}: {name!r} has an unknown type or a shape that is not whole numbers")
+            raise ValueError(f"{path}: {name!r} has an unknown dtype or an impossible shape")
         count = prod(shape)
-        if begin != position or end - begin != count * DTYPES[dtype].itemsize or end > size - 8 - length:
-            raise ValueError(f"{path}: the bytes of {name!r} overlap, leave a gap, do not fit its shape or are cut off")
-        tensors[name] = (torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=8 + length + begin)
-                         if count else torch.empty(0, dtype=DTYPES[dtype])).view(shape)
+        if begin != position or end - begin != count * DTYPES[dtype].itemsize or end > size - start:
+            raise ValueError(f"{path}: the bytes of {name!r} do not fit its shape, overlap others, "
+                             "leave a gap or lie beyond the end; get the file again")
+        tensors[name] = torch.empty(shape, dtype=DTYPES[dtype]) if not count else torch.frombuffer(
+            data, dtype=DTYPES[dtype], count=count, offset=start + begin).view(shape)
         position = end
-    if position != size - 8 - length:
-        raise ValueError(f"{path}: {size - 8 - length - position} bytes at the end belong to no tensor")
+    if position != size - start:
+        raise ValueError(f"{path}: {size - start - position} bytes at the end belong to no tensor")
     return tensors
 
 
@@ -340,9 +349,10 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                          # tensors start at a multiple of 8
+    text += b" " * (-len(text) % 8)                               # tensors start at a multiple of 8
     partial_path = Path(f"{path}.partial")
     with open(partial_path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

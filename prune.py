@@ -1,12 +1,12 @@
 """Block movement pruning for any nn.Linear: learn, block by block, which weights can go.
 
-One idea: the weight a layer uses is computed from the weight it stores, W' = W * expand(M), where the
-mask M has one entry per block. M is 0 or 1, so it has no slope; the straight-through estimator takes its
-slope with respect to the block's score S as 1. A score then rises when gradient descent moves its block
-away from zero and falls when it moves it towards zero. The best scores of a group stay.
+One idea: the weight a layer uses is computed from the weight it stores, W' = W * expand(M), where
+the mask M has one entry per block. M is 0 or 1, so it has no slope; the straight-through estimator
+takes its slope with respect to the block's score S as 1. A score then rises when gradient descent
+moves its block away from zero and falls when it moves it towards zero. The best scores stay.
 
-    group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.attention.output"])
-    ...each step: group.keep(cubic_density(step, 100, 600, final=0.25)); loss.backward(); optimizer.step()
+    group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
+    group.keep(cubic_density(step, 100, 600, final=0.25))      # at every training step
     bake(model)                       # plain nn.Linear layers again, with exact zeros
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3;
@@ -39,13 +39,13 @@ class BlockMask(nn.Module):
         self.register_buffer("kept", torch.ones_like(scores))                   # (R, C), 0 or 1
 
     def forward(self, weight: Tensor) -> Tensor:
-        mask = self.kept + (self.scores - self.scores.detach())   # value of kept, gradient of scores
+        mask = self.kept + (self.scores - self.scores.detach())  # value of kept, gradient of scores
         r, c = self.block
         if self.transposed:
             mask, r, c = mask.T, c, r
         (R, C), (rows, columns) = mask.shape, weight.shape
         padded = F.pad(weight, (0, C * c - columns, 0, R * r - rows))           # (R r, C c)
-        product = padded.view(R, r, C, c) * mask.reshape(R, 1, C, 1)            # expand(M), as a view
+        product = padded.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
         return product.view(R * r, C * c)[:rows, :columns]
 
 
@@ -56,14 +56,15 @@ class BlockGroup:
                  unit: int = 1):
         """Mask the nn.Linear layers whose names match.
 
-        block    "32x32", "1xall", ...: r output by c input dimensions, `all` for a whole dimension
-        rows     name patterns of matrices that get r x c blocks (a layer's query, key, value)
-        columns  name patterns of matrices that read what those write: c x r blocks (the output matrix)
-        unit     rows that live or die together (a head's size). Where the block is r x all and r a
-                 multiple of `unit`, the n-th match of every pattern shares its scores: the same rows
-                 and columns go. Scores then get the gradients of all of them.
+        block    "32x32", "1xall", ...: r outputs by c inputs, `all` for a whole dimension
+        rows     name patterns of matrices with r x c blocks (a layer's query, key, value)
+        columns  name patterns of matrices that read what those write: c x r blocks (its output)
+        unit     rows that belong together (a head's size). Where the block is r x all and r a
+                 multiple of `unit`, the n-th match of every pattern shares its scores, so that
+                 the same rows and columns go; its gradient is the sum over all of them.
         """
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = {name: module for name, module in model.named_modules()
+                   if isinstance(module, nn.Linear) and module.weight.numel()}
         found = [[linears[name] for name in linears if fnmatch(name, pattern)]
                  for pattern in (*rows, *columns)]
         if not all(found):
@@ -148,6 +149,6 @@ def densities(model: nn.Module, pattern: str = "*") -> dict[str, tuple[int, int]
 def parse_block(text: str) -> tuple[int | None, int | None]:
     """"32x16" -> (32, 16); "1xall" -> (1, None). Raises ValueError."""
     parts = text.split("x")
-    if len(parts) != 2 or not all(part == "all" or (part.isdecimal() and int(part) > 0) for part in parts):
-        raise ValueError(f"block {text!r} makes no sense; give rows x columns, such as 32x32, 1xall or 1x1")
+    if len(parts) != 2 or not all(p == "all" or p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"block {text!r} makes no sense; give ROWSxCOLUMNS, as in 32x32 or 1xall")
     return tuple(None if part == "all" else int(part) for part in parts)
