@@ -25,7 +25,6 @@ Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +129,7 @@ def linear_weights(module: nn.Module) -> int:
 
 def layer_table(dense: nn.Module, small: nn.Module) -> str:
     """What remains of every layer: heads, FFN dimensions, weights of the linear layers."""
-    lines = ["layer      heads  FFN dimensions  linear weights    left"]
+    lines = ["layer     heads  FFN dimensions  linear weights    left"]
     for i, (a, b) in enumerate(zip(dense.layers, small.layers)):
         lines.append(f"{i:5}  {b.attention.heads:2} of {a.attention.heads:2}"
                      f"  {b.ffn.first.out_features:6} of {a.ffn.first.out_features:4}"
@@ -140,31 +139,43 @@ def layer_table(dense: nn.Module, small: nn.Module) -> str:
 
 def main(argv: list[str] | None = None):
     import train                                    # the command line reads text; functions do not
+    from data import squad
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of a saved model")
-    parser.add_argument("target", nargs="?", help="folder for the compact model")
-    parser.add_argument("--dev", help="questions to compare the models on, in SQuAD's format "
-                        "(default: the generated corpus)")
-    parser.add_argument("--ask", metavar="QUESTION", help="answer a question instead")
-    parser.add_argument("--context", metavar="FILE", help="the text in which to find the answer")
     parser.error = train.fail
+    add = parser.add_argument
+    add("model", help="folder of a saved model")
+    add("target", nargs="?", help="folder for the compact model")
+    add("--dev", metavar="FILE", help="questions in SQuAD's format on which to compare the models "
+        "(default: the generated corpus)")
+    add("--ask", metavar="QUESTION", help="answer a question from the text in --context")
+    add("--context", metavar="FILE", help="a text file")
     args = parser.parse_args(argv)
     try:
-        if args.ask is not None:
-            print(train.answer(args.model, args.ask, args.context))
-            return
-        if not args.target:
-            raise ValueError("name a second folder for the compact model, or --ask a question")
+        if bool(args.target) == bool(args.ask) or bool(args.ask) != bool(args.context):
+            raise ValueError("give a folder for the compact model, or --ask with --context")
         model, tokenizer = train.open_model(args.model)
-        inputs = train.sample_inputs(train.questions_in(args.dev, "dev"), tokenizer, model)
-    except (ValueError, OSError) as error:
+        length = min(384, model.config.max_position_embeddings)
+        if args.ask:
+            text = Path(args.context).read_text(encoding="utf-8-sig", errors="replace")
+            if not text.strip() or not args.ask.strip():
+                raise ValueError(f"{args.context}: the context or the question is empty")
+            question = squad.Question("--ask", args.ask.strip(), text, [], None)
+            print(train.predict(model, tokenizer, [question], length, length // 3)["--ask"])
+            return
+        questions = train.questions_in(args.dev, "dev")[:256]
+        windows = squad.make_windows(questions, tokenizer, length, length // 3)
+        inputs = train.sample_inputs(windows, tokenizer.token_to_id("[PAD]"))
+        small = compact(model)
+        difference = largest_difference(model, small, inputs)
+        train.save_model(small, args.model, Path(args.target))
+    except (ValueError, OSError, ArithmeticError) as error:
         train.fail(str(error))
-    small = compact(model)
-    difference = largest_difference(model, small, inputs)
-    train.save_model(small, args.model, Path(args.target))
-    print(layer_table(model, small))
-    print(f"largest difference in logits {difference:.1e}")
-    print(f"{speedup(model, small, inputs[-1]):.2f}x faster, ...")
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    print(f"{layer_table(model, small)}\n\n"
+          f"linear weights of the encoder: {linear_weights(small.layers):,} of "
+          f"{linear_weights(model.layers):,}\nall parameters: {after:,} of {before:,}\n"
+          f"largest difference in logits, {len(questions)} questions: {difference:.1e}\n"
+          f"speed: {speedup(model, small, inputs[0]):.2f}x")
 
 
 if __name__ == "__main__":

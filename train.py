@@ -125,6 +125,12 @@ def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 
 
+def sample_inputs(windows: list[Window], pad: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The model's inputs in batches of 8, for comparing models."""
+    return [inputs_of(to_device(squad.collate(windows[low:low + 8], pad)))
+            for low in range(0, len(windows), 8)]
+
+
 def span_loss(logits: tuple[Tensor, Tensor], batch: dict[str, Tensor], distill: float) -> Tensor:
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), each the mean of start and end.
 
@@ -391,8 +397,7 @@ def main(argv: list[str] | None = None):
     measure("pruned", model)
     # 4. Delete them, and prove that nothing else changed.
     small = compact.compact(model)
-    inputs = [inputs_of(to_device(squad.collate(samples[i:i + 8], pad)))
-              for i in range(0, len(samples), 8)]
+    inputs = sample_inputs(samples, pad)
     difference = compact.largest_difference(model, small, inputs)
     save_model(small, args.model, out / "compact")
     save_json(out / "predictions.json", measure("compact", small))

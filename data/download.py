@@ -1,0 +1,85 @@
+"""Download SQuAD and a Hugging Face checkpoint into data/.
+
+    python data/download.py                       # SQuAD v1.1 and bert-base-uncased
+    python data/download.py --version 2.0 --model bert-large-uncased
+
+Every file is checked before it gets its name, so that none is there in part. Files that are there
+already stay as they are.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
+from model import read_safetensors  # noqa: E402
+
+CHECKPOINT = ("config.json", "vocab.txt", "tokenizer_config.json", "tokenizer.json",
+              "model.safetensors")
+OPTIONAL = ("tokenizer_config.json", "tokenizer.json")
+
+
+def fetch(url: str, path: Path):
+    """Download one file: it appears whole and readable, or not at all. Raises OSError, ValueError."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with urlopen(url, timeout=60) as response, open(partial, "wb") as file:
+            size = int(response.headers.get("Content-Length", -1))
+            with tqdm.wrapattr(file, "write", max(size, 0) or None, disable=None,
+                               desc=path.name) as stream:
+                shutil.copyfileobj(response, stream)
+        if size not in (-1, partial.stat().st_size):
+            raise ValueError(f"{partial.stat().st_size} of {size} bytes came; try again")
+        if path.suffix == ".json":
+            json.loads(partial.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            read_safetensors(partial)
+        os.replace(partial, path)
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    print(path)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--version", default="1.1", choices=("1.1", "2.0"), help="SQuAD's version")
+    add("--model", default="bert-base-uncased", help="a checkpoint of the BERT family")
+    add("--folder", type=Path, default=DATA, help="where to put the files")
+    add("--squad-url", default="https://rajpurkar.github.io/SQuAD-explorer/dataset",
+        help="base address of SQuAD")
+    add("--model-url", default="https://huggingface.co", help="base address of checkpoints")
+    args = parser.parse_args(argv)
+    folder = args.folder / args.model.rpartition("/")[2]
+    try:
+        for name in (f"train-v{args.version}.json", f"dev-v{args.version}.json"):
+            fetch(f"{args.squad_url}/{name}", args.folder / name)
+        for name in CHECKPOINT:
+            try:
+                fetch(f"{args.model_url}/{args.model}/resolve/main/{name}", folder / name)
+            except HTTPError as error:
+                if error.code != 404 or name not in OPTIONAL:
+                    raise OSError(f"{error.url}: {error}") from None
+    except (OSError, ValueError, HTTPException) as error:
+        print(f"download.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

