@@ -15,7 +15,6 @@ import shutil
 import sys
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from tqdm import tqdm
@@ -24,13 +23,12 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 from model import read_safetensors  # noqa: E402
 
-CHECKPOINT = ("config.json", "vocab.txt", "tokenizer_config.json", "tokenizer.json",
-              "model.safetensors")
-OPTIONAL = ("tokenizer_config.json", "tokenizer.json")
+CHECKPOINT = "config.json vocab.txt tokenizer_config.json tokenizer.json model.safetensors".split()
+OPTIONAL = "tokenizer_config.json", "tokenizer.json"
 
 
 def fetch(url: str, path: Path):
-    """Download one file: it appears whole and readable, or not at all. Raises OSError, ValueError."""
+    """Download one file: whole and readable, or not at all. Raises OSError, ValueError."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,8 +36,7 @@ def fetch(url: str, path: Path):
     try:
         with urlopen(url, timeout=60) as response, open(partial, "wb") as file:
             size = int(response.headers.get("Content-Length", -1))
-            with tqdm.wrapattr(file, "write", max(size, 0) or None, disable=None,
-                               desc=path.name) as stream:
+            with tqdm.wrapattr(file, "write", size, desc=path.name, disable=None) as stream:
                 shutil.copyfileobj(response, stream)
         if size not in (-1, partial.stat().st_size):
             raise ValueError(f"{partial.stat().st_size} of {size} bytes came; try again")
@@ -48,8 +45,6 @@ def fetch(url: str, path: Path):
         elif path.suffix == ".safetensors":
             read_safetensors(partial)
         os.replace(partial, path)
-    except ValueError as error:
-        raise ValueError(f"{url}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
     print(path)
@@ -67,18 +62,17 @@ def main(argv: list[str] | None = None):
     add("--model-url", default="https://huggingface.co", help="base address of checkpoints")
     args = parser.parse_args(argv)
     folder = args.folder / args.model.rpartition("/")[2]
-    try:
-        for name in (f"train-v{args.version}.json", f"dev-v{args.version}.json"):
-            fetch(f"{args.squad_url}/{name}", args.folder / name)
-        for name in CHECKPOINT:
-            try:
-                fetch(f"{args.model_url}/{args.model}/resolve/main/{name}", folder / name)
-            except HTTPError as error:
-                if error.code != 404 or name not in OPTIONAL:
-                    raise OSError(f"{error.url}: {error}") from None
-    except (OSError, ValueError, HTTPException) as error:
-        print(f"download.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    files = [(f"{args.squad_url}/{name}", args.folder / name)
+             for name in (f"train-v{args.version}.json", f"dev-v{args.version}.json")]
+    files += [(f"{args.model_url}/{args.model}/resolve/main/{name}", folder / name)
+              for name in CHECKPOINT]
+    for url, path in files:
+        try:
+            fetch(url, path)
+        except (OSError, ValueError, HTTPException) as error:
+            if path.name not in OPTIONAL or getattr(error, "code", None) != 404:
+                print(f"download.py: {url}: {error}", file=sys.stderr)
+                sys.exit(2)
 
 
 if __name__ == "__main__":

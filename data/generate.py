@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import string
 import sys
 from pathlib import Path
 
-ARTICLES = {"train": 20, "dev": 4, "pretrain": 400}          # of 50 paragraphs each
+ARTICLES = {"train": 40, "dev": 4, "pretrain": 320}          # of 50 paragraphs each
 SYLLABLES = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in "lnr"]
 JOBS = ("baker carpenter cook doctor driver farmer gardener judge lawyer miller nurse painter "
         "pilot potter sailor singer tailor teacher waiter weaver").split()
@@ -47,18 +48,18 @@ def corpus(split: str) -> list[dict]:
 
 
 def paragraph(rng: random.Random, names: list[str], id_: str, cloze: bool) -> dict:
-    """Three facts about each of four people, and questions about six of the twelve.
+    """One, two or three facts of the same kinds about each of three people; up to four questions.
 
     With `cloze`, a question is a statement with a blank in it: "Bilder was born in _."
     """
-    names = rng.sample(names, 16)
-    people, facts = [names.pop() for _ in range(4)], []
-    for relation in rng.sample(list(RELATIONS), 3):
+    fresh, facts = rng.sample(names, 12), []
+    people = [fresh.pop() for _ in range(3)]
+    for relation in rng.sample(list(RELATIONS), rng.randint(1, 3)):
         closed = {"job": JOBS, "school": YEARS}.get(relation)
-        answers = rng.sample(closed, 4) if closed else [names.pop() for _ in range(4)]
-        facts += zip(people, answers, [relation] * 4)
+        answers = rng.sample(closed, 3) if closed else [fresh.pop() for _ in people]
+        facts += zip(people, answers, [relation] * 3)
     rng.shuffle(facts)
-    asked = rng.sample(facts, 6)
+    asked = rng.sample(facts, min(4, len(facts)))
     context, qas = "", []
     for person, answer, relation in facts:
         statements, *questions = RELATIONS[relation]
@@ -78,10 +79,7 @@ def paragraph(rng: random.Random, names: list[str], id_: str, cloze: bool) -> di
 
 def vocabulary() -> list[str]:
     """WordPiece's vocabulary: the templates' words, syllables, single characters for the rest."""
-    text = str([*RELATIONS.values()]).format(p=" ", a=" ").lower()
-    for mark in string.punctuation:
-        text = text.replace(mark, " ")
-    words = sorted({word for word in text.split() if len(word) > 1} | set(JOBS))
+    words = sorted({*re.findall("[a-z]{2,}", str([*RELATIONS.values()]).lower()), *JOBS})
     pieces = [*SYLLABLES, *string.ascii_lowercase, *string.digits, *(f"{n:02}" for n in range(100))]
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation,
             *words, *pieces, *(f"##{piece}" for piece in pieces)]

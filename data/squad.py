@@ -44,10 +44,8 @@ def read_squad(path: str | Path) -> list[Question]:
     """Read a file in SQuAD's format. Raises ValueError, naming the place, or OSError."""
     try:
         articles = json.loads(Path(path).read_text(encoding="utf-8-sig"))["data"]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    except (KeyError, TypeError):
-        raise ValueError(f"{path}: no list \"data\"; is this SQuAD's format?") from None
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not SQuAD's JSON, {{\"data\": [...]}} ({error!r})") from None
     return questions_of(articles, path)
 
 
