@@ -137,6 +137,36 @@ def layer_table(dense: nn.Module, small: nn.Module) -> str:
     return "\n".join(lines)
 
 
+def summarise(rows: dict, model: nn.Module, small: nn.Module,
+              difference: float, speed: float) -> dict:
+    """What summary.json says: `rows` are the three models' EM and F1, `model` is the pruned one."""
+    total = linear_weights(model.layers)
+    nonzero = sum(int(m.weight.count_nonzero()) for m in model.layers.modules()
+                  if isinstance(m, nn.Linear))
+    return {**rows, "density": nonzero / total,
+            "compact_density": linear_weights(small.layers) / total,
+            "heads_kept": sum(small.config.heads_per_layer),
+            "heads_total": sum(model.config.heads_per_layer),
+            "ffn_kept": sum(small.config.ffn_per_layer),
+            "ffn_total": sum(model.config.ffn_per_layer),
+            "parameters_dense": sum(p.numel() for p in model.parameters()),
+            "parameters_compact": sum(p.numel() for p in small.parameters()),
+            "largest_logit_difference": difference, "speedup": speed}
+
+
+def closing_table(s: dict) -> str:
+    """One row a model. The pruned model has the dense one's shapes, and therefore its speed."""
+    before = s["parameters_dense"], s["heads_total"], 1.0
+    after = s["parameters_compact"], s["heads_kept"], s["speedup"]
+    lines = ["model        EM     F1  density   parameters       heads   speed"]
+    for name, density, (size, heads, speed) in (
+            ("dense", 1.0, before), ("pruned", s["density"], before),
+            ("compact", s["compact_density"], after)):
+        lines.append(f"{name:8} {s[name]['exact_match']:6.2f} {s[name]['f1']:6.2f}  {density:7.3f}"
+                     f"  {size:11,}  {heads:3} of {s['heads_total']:3}  {speed:5.2f}x")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None):
     import train                                    # the command line reads text; functions do not
     from data import squad

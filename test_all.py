@@ -3,6 +3,7 @@
 Truth comes from outside where it can: logits that `transformers` computed and numbers that SQuAD's
 own script printed lie in data/reference.json; gradients and spans are checked by brute force.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -34,8 +35,14 @@ import compact
 import prune
 import train
 from data import download, generate, squad
-from model import (BertConfig, BertForQuestionAnswering, canonical_name, hugging_face_name,
-                   read_safetensors, write_safetensors)
+from model import (
+    BertConfig,
+    BertForQuestionAnswering,
+    canonical_name,
+    hugging_face_name,
+    read_safetensors,
+    write_safetensors,
+)
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = json.loads((HERE / "data/reference.json").read_text(encoding="utf-8"))
@@ -48,6 +55,7 @@ def needs_transformers():
     if not importlib.util.find_spec("transformers"):
         raise SkipTest("needs the package transformers")
     import transformers
+
     transformers.utils.logging.set_verbosity_error()
     return transformers
 
@@ -61,9 +69,16 @@ def minilm() -> Path:
 
 
 def small_config(**changes) -> BertConfig:
-    sizes = dict(vocab_size=len(generate.vocabulary()), hidden_size=48, num_hidden_layers=3,
-                 num_attention_heads=4, intermediate_size=80, max_position_embeddings=160,
-                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    sizes = dict(
+        vocab_size=len(generate.vocabulary()),
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=80,
+        max_position_embeddings=160,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return BertConfig(**{**sizes, **changes})
 
 
@@ -79,8 +94,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def checkpoint(folder, source: Path | None = None) -> str:
     """Save a random model, or that of `source` with a random span head; returns its folder."""
-    model = BertForQuestionAnswering.from_pretrained(source) if source else \
-        randomise(BertForQuestionAnswering(small_config()))
+    model = (
+        BertForQuestionAnswering.from_pretrained(source)
+        if source
+        else randomise(BertForQuestionAnswering(small_config()))
+    )
     randomise(model.span)
     model.save_pretrained(folder)
     (Path(folder) / "vocab.txt").write_text("\n".join(generate.vocabulary()) + "\n")
@@ -110,8 +128,9 @@ def error_of(action, kinds=(ValueError, OSError)) -> str:
 
 
 def command(*arguments, cwd=HERE) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True, timeout=300
+    )
 
 
 def squad_file(path: Path, split: str, paragraphs: int) -> Path:
@@ -131,13 +150,16 @@ def masked_model(seed: int = 0, **changes) -> BertForQuestionAnswering:
 
 
 def test_logits_equal_transformers_on_a_small_model(tmp_path):
-    """The reference: hf = transformers.BertForQuestionAnswering.from_pretrained(checkpoint(folder));
-    ids, mask, segments = padded_inputs(hf.config.vocab_size);
-    hf.eval()(input_ids=ids, attention_mask=mask, token_type_ids=segments), rounded to 6 digits."""
+    """Stored in data/reference.json, rounded to 6 digits, by
+
+    hf = transformers.BertForQuestionAnswering.from_pretrained(checkpoint(folder)).eval()
+    ids, mask, segments = padded_inputs(hf.config.vocab_size)
+    logits = hf(input_ids=ids, attention_mask=mask, token_type_ids=segments)
+    """
     model = BertForQuestionAnswering.from_pretrained(checkpoint(tmp_path)).eval()
     logits = model(*padded_inputs(model.config.vocab_size))
     assert largest(logits, REFERENCE["small"]) < 1e-4
-    assert logits[0].std() > 0.1                               # far above the tolerance
+    assert logits[0].std() > 0.1  # far above the tolerance
 
 
 def test_logits_equal_transformers_on_a_real_checkpoint(tmp_path):
@@ -170,17 +192,25 @@ def test_transformers_opens_what_we_save(tmp_path):
 def test_all_spellings_of_a_checkpoint_load(tmp_path):
     model = masked_model()
     names = {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-           : tensor for name, tensor in names.items()}
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in names.items()
+    }
     bare = {name.removeprefix("bert."): tensor for name, tensor in names.items()}
-    heads = {**names, "cls.predictions.bias": torch.zeros(7), "bert.pooler.dense.bias": torch.zeros(7),
-             "bert.embeddings.position_ids": torch.arange(5)}
+    heads = {
+        **names,
+        "cls.predictions.bias": torch.zeros(7),
+        "bert.pooler.dense.bias": torch.zeros(7),
+        "bert.embeddings.position_ids": torch.arange(5),
+    }
     for number, tensors in enumerate((old, bare, heads)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "config.json").write_text(model.config.to_json())
         torch.save(tensors, folder / "pytorch_model.bin")
-        loaded = BertForQuestionAnswering.from_pretrained(folder)                 # the .bin file
+        loaded = BertForQuestionAnswering.from_pretrained(folder)  # the .bin file
         assert largest(model.state_dict().values(), loaded.state_dict().values()) == 0
         write_safetensors(folder / "model.safetensors", tensors)
         loaded = BertForQuestionAnswering.from_pretrained(folder)
@@ -190,38 +220,54 @@ def test_all_spellings_of_a_checkpoint_load(tmp_path):
 
 def test_missing_or_misshapen_weights_are_named(tmp_path):
     folder = Path(checkpoint(tmp_path))
-    tensors = {name: t.clone() for name, t in read_safetensors(folder / "model.safetensors").items()}
+    tensors = {
+        name: t.clone() for name, t in read_safetensors(folder / "model.safetensors").items()
+    }
     name = "bert.encoder.layer.1.output.dense.weight"
     for change in ({}, {name: torch.zeros(3, 4)}, {name: torch.zeros(48, 80, dtype=torch.int32)}):
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
         write_safetensors(folder / "model.safetensors", {**rest, **change})
         message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
         assert name in message and "model.safetensors" in message
-    write_safetensors(folder / "model.safetensors", {
-        key: tensor for key, tensor in tensors.items() if not key.startswith("qa_outputs")})
+    write_safetensors(
+        folder / "model.safetensors",
+        {key: tensor for key, tensor in tensors.items() if not key.startswith("qa_outputs")},
+    )
     torch.manual_seed(0)
-    head = BertForQuestionAnswering.from_pretrained(folder).span                  # may be missing
+    head = BertForQuestionAnswering.from_pretrained(folder).span  # may be missing
     assert 0.001 < head.weight.std() < 0.1 and head.bias.abs().max() == 0
     (folder / "model.safetensors").unlink()
-    assert "model.safetensors" in error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+    assert "model.safetensors" in error_of(
+        partial(BertForQuestionAnswering.from_pretrained, folder)
+    )
     (folder / "pytorch_model.bin").write_bytes(b"not a checkpoint")
-    assert "pytorch_model.bin" in error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+    assert "pytorch_model.bin" in error_of(
+        partial(BertForQuestionAnswering.from_pretrained, folder)
+    )
 
 
 def test_safetensors_is_the_published_format(tmp_path):
-    header = (b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
-              b'"b":{"dtype":"I64","shape":[],"data_offsets":[16,24]}}')
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
+        b'"b":{"dtype":"I64","shape":[],"data_offsets":[16,24]}}'
+    )
     data = struct.pack("<Q", len(header)) + header + struct.pack("<4fq", 1, 2, 3, 4, -5)
     (tmp_path / "x").write_bytes(data)
     tensors = read_safetensors(tmp_path / "x")
     assert torch.equal(tensors["a"], torch.tensor([[1.0, 2], [3, 4]])) and tensors["b"] == -5
-    kinds = {"half": torch.randn(3).half(), "bf": torch.randn(2, 2).bfloat16(), "none": torch.empty(0, 4),
-             "flag": torch.tensor([True, False]), "turned": torch.randn(3, 4).T}
+    kinds = {
+        "half": torch.randn(3).half(),
+        "bf": torch.randn(2, 2).bfloat16(),
+        "none": torch.empty(0, 4),
+        "flag": torch.tensor([True, False]),
+        "turned": torch.randn(3, 4).T,
+    }
     write_safetensors(tmp_path / "y", kinds)
     for name, tensor in read_safetensors(tmp_path / "y").items():
         assert torch.equal(tensor, kinds[name]) and tensor.dtype == kinds[name].dtype
     if importlib.util.find_spec("safetensors"):
         from safetensors.torch import load_file
+
         assert all(torch.equal(t, kinds[name]) for name, t in load_file(tmp_path / "y").items())
 
 
@@ -230,25 +276,51 @@ def test_broken_safetensors_are_refused(tmp_path):
         return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
     path, payload = tmp_path / "x.safetensors", bytes(16)
-    for header in ({"a": entry(0, 16, [2])}, {"a": entry(0, 8, [2])}, {"a": entry(8, 16, [2])},
-                   {"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}, {"a": entry(0, 32, [8])},
-                   {"a": entry(0, 16, [-4])}, {"a": entry(0, 16, [4], "F33")}, {"a": entry(0, 16, "4")},
-                   {"a": entry(0, 16, [4.0])}, {"a": 3}, {"a": {}}, [1], 7, {"a": entry(0, 16, [2 ** 70])}):
+    for header in (
+        {"a": entry(0, 16, [2])},
+        {"a": entry(0, 8, [2])},
+        {"a": entry(8, 16, [2])},
+        {"a": entry(0, 16, [4]), "b": entry(8, 16, [2])},
+        {"a": entry(0, 32, [8])},
+        {"a": entry(0, 16, [-4])},
+        {"a": entry(0, 16, [4], "F33")},
+        {"a": entry(0, 16, "4")},
+        {"a": entry(0, 16, [4.0])},
+        {"a": 3},
+        {"a": {}},
+        [1],
+        7,
+        {"a": entry(0, 16, [2**70])},
+    ):
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
         assert str(path) in error_of(partial(read_safetensors, path)), header
-    for raw in (b"", b"1234", struct.pack("<Q", 2 ** 63), struct.pack("<Q", 4) + b"{]{]",
-                struct.pack("<Q", 20_000) + b"[" * 20_000):
+    for raw in (
+        b"",
+        b"1234",
+        struct.pack("<Q", 2**63),
+        struct.pack("<Q", 4) + b"{]{]",
+        struct.pack("<Q", 20_000) + b"[" * 20_000,
+    ):
         path.write_bytes(raw)
         assert str(path) in error_of(partial(read_safetensors, path)), raw[:20]
 
 
 def test_configurations_that_make_no_sense_are_refused(tmp_path):
     good = json.loads(small_config().to_json())
-    for change in ({"hidden_size": "48"}, {"hidden_size": 50}, {"num_hidden_layers": 0}, {"vocab_size": -1},
-                   {"hidden_act": "swish9"}, {"layer_norm_eps": None}, {"heads_per_layer": [1, 2]},
-                   {"ffn_per_layer": [1, 2, 81]}, {"model_type": "gpt2"}, {"intermediate_size": True},
-                   {"position_embedding_type": "relative_key"}):
+    for change in (
+        {"hidden_size": "48"},
+        {"hidden_size": 50},
+        {"num_hidden_layers": 0},
+        {"vocab_size": -1},
+        {"hidden_act": "swish9"},
+        {"layer_norm_eps": None},
+        {"heads_per_layer": [1, 2]},
+        {"ffn_per_layer": [1, 2, 81]},
+        {"model_type": "gpt2"},
+        {"intermediate_size": True},
+        {"position_embedding_type": "relative_key"},
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**good, **change}))
         assert "config.json" in error_of(partial(BertConfig.read, tmp_path / "config.json")), change
 
@@ -259,10 +331,14 @@ def test_configurations_that_make_no_sense_are_refused(tmp_path):
 def test_gradients_equal_the_formula():
     torch.manual_seed(0)
     for (rows, columns), block in itertools.product(
-            ((8, 12), (7, 10), (1, 5)), ("1x1", "4x4", "3x5", "1xall", "allx2", "allxall", "2x3", "64x2")):
+        ((8, 12), (7, 10), (1, 5)),
+        ("1x1", "4x4", "3x5", "1xall", "allx2", "allxall", "2x3", "64x2"),
+    ):
         for transposed in (False, True):
             model = nn.ModuleDict({"x": nn.Linear(columns, rows).double()})
-            patterns = {"rows": [], "columns": ["x"]} if transposed else {"rows": ["x"], "columns": []}
+            patterns = (
+                {"rows": [], "columns": ["x"]} if transposed else {"rows": ["x"], "columns": []}
+            )
             group = prune.BlockGroup(model, block, **patterns)
             group.keep(0.5)
             scores, linear = group.scores[0], model["x"]
@@ -275,8 +351,12 @@ def test_gradients_equal_the_formula():
             r, c = r or rows, c or columns
             kept = group.masks[0][0].kept.T if transposed else group.masks[0][0].kept
             gradient = scores.grad.T if transposed else scores.grad
-            mask = torch.tensor([[kept[i // min(r, rows), j // min(c, columns)] for j in range(columns)]
-                                 for i in range(rows)])
+            mask = torch.tensor(
+                [
+                    [kept[i // min(r, rows), j // min(c, columns)] for j in range(columns)]
+                    for i in range(rows)
+                ]
+            )
             used = (W * mask).detach().requires_grad_()
             F.linear(data, used, linear.bias).pow(2).sum().backward()
             for i, j in itertools.product(range(kept.shape[0]), range(kept.shape[1])):
@@ -293,7 +373,9 @@ def test_scores_rise_as_blocks_move_away_from_zero():
     model = nn.ModuleDict({"x": nn.Linear(2, 1, bias=False)})
     model["x"].weight.data = torch.tensor([[1.0, 1.0]])
     group = prune.BlockGroup(model, "1x1", ["x"])
-    (model["x"](torch.eye(2)) * torch.tensor([[-1.0], [1.0]])).sum().backward()  # grow one, shrink one
+    (
+        model["x"](torch.eye(2)) * torch.tensor([[-1.0], [1.0]])
+    ).sum().backward()  # grow one, shrink one
     gradient = group.scores[0].grad[0]
     assert gradient[0] < 0 < gradient[1]
 
@@ -301,9 +383,11 @@ def test_scores_rise_as_blocks_move_away_from_zero():
 def test_the_kept_fraction_is_the_target_at_every_step():
     torch.manual_seed(0)
     model = masked_model()
-    groups = [prune.BlockGroup(model, "12x8", ["*.query", "*.key", "*.value"], ["*.attention.output"]),
-              prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"])]
-    for step in range(120):                                    # it runs on after the schedule's end
+    groups = [
+        prune.BlockGroup(model, "12x8", ["*.query", "*.key", "*.value"], ["*.attention.output"]),
+        prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"]),
+    ]
+    for step in range(120):  # it runs on after the schedule's end
         v = prune.cubic_density(step, 10, 80, 0.23)
         for group in groups:
             for scores in group.scores:
@@ -313,23 +397,32 @@ def test_the_kept_fraction_is_the_target_at_every_step():
             kept = sum(int(tied[0].kept.sum()) for tied in group.masks)
             assert kept == round(v * blocks) and abs(group.density - v) <= 1 / blocks
             weakest = min(t[0].scores[t[0].kept == 1].min() for t in group.masks if t[0].kept.any())
-            strongest = max(t[0].scores[t[0].kept == 0].max() for t in group.masks
-                            if not t[0].kept.all()) if kept < blocks else -math.inf
-            assert weakest >= strongest                        # ranked together over all layers
+            strongest = (
+                max(t[0].scores[t[0].kept == 0].max() for t in group.masks if not t[0].kept.all())
+                if kept < blocks
+                else -math.inf
+            )
+            assert weakest >= strongest  # ranked together over all layers
     assert v == 0.23
     widths = [int(tied[0].kept.sum()) for tied in groups[1].masks]
-    assert len(set(widths)) > 1                                # layers end up with different widths
+    assert len(set(widths)) > 1  # layers end up with different widths
 
 
 def test_ties_are_broken_by_index():
     scores = torch.tensor([0.0, 1, 0, 0, -1, 1])
-    for k, expected in ((0, []), (1, [1]), (3, [0, 1, 5]), (4, [0, 1, 2, 5]), (6, [0, 1, 2, 3, 4, 5])):
+    for k, expected in (
+        (0, []),
+        (1, [1]),
+        (3, [0, 1, 5]),
+        (4, [0, 1, 2, 5]),
+        (6, [0, 1, 2, 3, 4, 5]),
+    ):
         assert prune.best(scores, k).nonzero().flatten().tolist() == expected
 
 
 def test_the_schedule_is_cubic():
     assert [prune.cubic_density(t, 4, 8, 0.2) for t in (0, 3, 4, 8, 99)] == [1, 1, 1, 0.2, 0.2]
-    assert math.isclose(prune.cubic_density(6, 4, 8, 0.2), 0.2 + 0.8 * 0.5 ** 3)
+    assert math.isclose(prune.cubic_density(6, 4, 8, 0.2), 0.2 + 0.8 * 0.5**3)
 
 
 def test_an_ffn_dimension_lives_or_dies_whole_and_can_come_back():
@@ -339,15 +432,15 @@ def test_an_ffn_dimension_lives_or_dies_whole_and_can_come_back():
     group = prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"])
     assert len(group.scores) == 1 and group.scores[0].shape == (80, 1)
     ffn.first.bias.data[7] = 1.0
-    group.scores[0].data[7] = -1e-3                            # the one to drop
+    group.scores[0].data[7] = -1e-3  # the one to drop
     group.keep(79 / 80)
     assert (ffn.first.weight[7] == 0).all() and (ffn.second.weight[:, 7] == 0).all()
     x = torch.randn(64, 48)
-    with torch.no_grad():                                      # a target that needs dimension 7
+    with torch.no_grad():  # a target that needs dimension 7
         W = ffn.second.parametrizations.weight.original
         target = ffn(x) + F.gelu(ffn.first.bias[7]) * W[:, 7]
     optimizer = torch.optim.SGD(group.scores, lr=0.1)
-    while not group.masks[0][0].kept[7]:                     
+    while not group.masks[0][0].kept[7]:
         assert group.scores[0][7] < 1
         optimizer.zero_grad()
         (ffn(x) - target).pow(2).mean().backward()
@@ -358,7 +451,7 @@ def test_an_ffn_dimension_lives_or_dies_whole_and_can_come_back():
 
 
 def test_blocks_of_whole_heads_are_tied():
-    model = masked_model()                                     # heads of 12
+    model = masked_model()  # heads of 12
     names = ["*.query", "*.key", "*.value"]
     group = prune.BlockGroup(model, "12xall", names, ["*.attention.output"], unit=12)
     assert [scores.shape for scores in group.scores] == [(4, 1)] * 3
@@ -366,11 +459,15 @@ def test_blocks_of_whole_heads_are_tied():
     group.keep(11 / 12)
     prune.bake(model)
     attention = model.layers[1].attention
-    for weight in (attention.query.weight, attention.key.weight, attention.value.weight,
-                   attention.output.weight.T):
+    for weight in (
+        attention.query.weight,
+        attention.key.weight,
+        attention.value.weight,
+        attention.output.weight.T,
+    ):
         assert (weight[24:36] == 0).all() and (weight[:24] != 0).all() and (weight[36:] != 0).all()
     free = prune.BlockGroup(masked_model(), "8xall", names, ["*.attention.output"], unit=12)
-    assert len(free.scores) == 4 * 3                          # 8 is no multiple of a head: not tied
+    assert len(free.scores) == 4 * 3  # 8 is no multiple of a head: not tied
 
 
 def test_bake_leaves_plain_layers_with_zeros():
@@ -386,7 +483,9 @@ def test_bake_leaves_plain_layers_with_zeros():
     report = prune.densities(model, "*.query") | prune.densities(model, "*.ffn.*")
     kept, total = (sum(column) for column in zip(*report.values()))
     assert abs(kept / total - 0.4) < 0.02
-    assert prune.densities(model, "layers.0.attention.key") == {"layers.0.attention.key": (2304, 2304)}
+    assert prune.densities(model, "layers.0.attention.key") == {
+        "layers.0.attention.key": (2304, 2304)
+    }
 
 
 def test_blocks_and_names_that_make_no_sense_are_refused():
@@ -402,7 +501,8 @@ from prune import BlockGroup, bake, densities
 config = transformers.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2,
                                  num_attention_heads=2, intermediate_size=128)
 model = transformers.BertForQuestionAnswering(config)
-attention = BlockGroup(model, "16x16", ["*.query", "*.key", "*.value"], ["*.attention.output.dense"])
+attention = BlockGroup(
+    model, "16x16", ["*.query", "*.key", "*.value"], ["*.attention.output.dense"])
 ffn = BlockGroup(model, "1xall", ["*.intermediate.dense"], ["*[0-9].output.dense"])
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 ids = torch.randint(99, (4, 12))
@@ -441,20 +541,23 @@ def test_windows_are_those_of_tokenizers(tmp_path):
         windows = squad.make_windows(questions, tokenizer, length, stride)
         for index, question in enumerate(questions):
             first = reference.encode(question.text, question.context, add_special_tokens=False)
-            theirs = [[i for i, part in zip(e.ids, e.type_ids) if part] for e in (first, *first.overflowing)]
+            theirs = [
+                [i for i, part in zip(e.ids, e.type_ids) if part]
+                for e in (first, *first.overflowing)
+            ]
             mine = [w for w in windows if w.question == index]
-            assert [w.ids[w.first:-1].tolist() for w in mine] == theirs
+            assert [w.ids[w.first : -1].tolist() for w in mine] == theirs
             head = tokenizer.encode(question.text, add_special_tokens=False).ids
             for window in mine:
-                assert window.ids[:window.first].tolist() == [2, *head, 3] and window.ids[-1] == 3
+                assert window.ids[: window.first].tolist() == [2, *head, 3] and window.ids[-1] == 3
                 assert len(window.ids) <= length
                 if window.end:
                     text = question.context[window.text(window.start, window.end)]
                     assert text == question.answers[0]
         targets = {w.question for w in windows if w.end}
-        assert len(targets) == 40                              # some window holds each answer
+        assert len(targets) == 40  # some window holds each answer
     cut = squad.make_windows(questions, tokenizer, 48, 16)
-    assert any(not w.end for w in cut)                         # others train on [CLS]
+    assert any(not w.end for w in cut)  # others train on [CLS]
     message = error_of(lambda: squad.make_windows(questions, tokenizer, 40, 30))
     assert questions[0].id in message and "--stride" in message
 
@@ -470,7 +573,7 @@ def test_batches_hold_every_window_once_and_little_padding(tmp_path):
         padded = sum(len(batch) * max(len(windows[i].ids) for i in batch) for batch in batches)
         assert sum(sizes) / padded > 0.95
     assert epochs[0] == epochs[2] != epochs[1]
-    batch = squad.collate([windows[i] for i in epochs[0][0]], pad=0)
+    batch = train.collate([windows[i] for i in epochs[0][0]], pad=0)
     for row, i in enumerate(epochs[0][0]):
         window, n = windows[i], len(windows[i].ids)
         assert batch["input_ids"][row].tolist()[:n] == window.ids.tolist()
@@ -484,13 +587,17 @@ def test_best_spans_equal_brute_force():
     start, end = torch.randn(20, 50), torch.randn(20, 50)
     context = torch.zeros(20, 50, dtype=torch.bool)
     for row in range(20):
-        context[row, row:row + 2 + row] = True
+        context[row, row : row + 2 + row] = True
     for longest in (1, 5, 30):
         scores, firsts, lasts = squad.best_spans(start, end, context, longest)
         for row in range(20):
             inside = context[row].nonzero().flatten().tolist()
-            best = max((float(start[row, s] + end[row, e]), s, e) for s in inside for e in inside
-                       if s <= e < s + longest)
+            best = max(
+                (float(start[row, s] + end[row, e]), s, e)
+                for s in inside
+                for e in inside
+                if s <= e < s + longest
+            )
             assert (scores[row].item(), firsts[row].item(), lasts[row].item()) == best
 
 
@@ -501,8 +608,10 @@ def test_the_metric_is_squads():
         assert math.isclose(result["exact_match"], case["exact_match"]), case
         assert math.isclose(result["f1"], case["f1"]), case
     other = squad.Question("unanswered", "?", "", ["x"], None)
-    assert squad.score({"q": "x"}, [squad.Question("q", "?", "", ["x"], None), other]) == \
-        {"exact_match": 50.0, "f1": 50.0}
+    assert squad.score({"q": "x"}, [squad.Question("q", "?", "", ["x"], None), other]) == {
+        "exact_match": 50.0,
+        "f1": 50.0,
+    }
 
 
 def test_the_loss_is_its_formula_and_blind_to_padding():
@@ -524,7 +633,7 @@ def test_the_loss_is_its_formula_and_blind_to_padding():
         for a in (0.0, 0.9):
             loss = train.span_loss(tuple(z), batch, a)
             assert math.isclose(loss.item(), expected[a].item(), rel_tol=1e-5)
-            gradient, = torch.autograd.grad(loss, z)
+            (gradient,) = torch.autograd.grad(loss, z)
             assert gradient.isfinite().all() and gradient[..., 7:].abs().sum() == 0
 
 
@@ -534,22 +643,29 @@ def test_squad_files_that_are_broken_are_refused(tmp_path):
 
     def broken(change):
         value = json.loads(json.dumps(good))
-        change(value, value["data"][0]["paragraphs"][1], value["data"][0]["paragraphs"][1]["qas"][2])
+        change(
+            value, value["data"][0]["paragraphs"][1], value["data"][0]["paragraphs"][1]["qas"][2]
+        )
         path.write_text(json.dumps(value))
         return error_of(partial(squad.read_squad, path))
 
     place, id_ = "data[0].paragraphs[1]", "train-0-1-2"
     for change, word in (
-            (lambda v, p, q: v.pop("data"), "data"), (lambda v, p, q: v.update(data=3), "data"),
-             (lambda v, p, q: v["data"].append(3), "data[1]"),
-            (lambda v, p, q: p.pop("context"), place), (lambda v, p, q: p.update(context=" "), place),
-            (lambda v, p, q: p.update(qas={}), place), (lambda v, p, q: q.pop("id"), f"{place}.qas[2]"),
-            (lambda v, p, q: q.update(question=""), id_), (lambda v, p, q: q.pop("answers"), id_),
-            (lambda v, p, q: q["answers"][0].update(answer_start=1), id_),
-            (lambda v, p, q: q["answers"][0].update(answer_start=-4), id_),
-            (lambda v, p, q: q["answers"][0].update(answer_start="1"), id_),
-            (lambda v, p, q: q["answers"][0].update(text=7), id_),
-            (lambda v, p, q: v.update(data=[]), "no question")):
+        (lambda v, p, q: v.pop("data"), "data"),
+        (lambda v, p, q: v.update(data=3), "data"),
+        (lambda v, p, q: v["data"].append(3), "data[1]"),
+        (lambda v, p, q: p.pop("context"), place),
+        (lambda v, p, q: p.update(context=" "), place),
+        (lambda v, p, q: p.update(qas={}), place),
+        (lambda v, p, q: q.pop("id"), f"{place}.qas[2]"),
+        (lambda v, p, q: q.update(question=""), id_),
+        (lambda v, p, q: q.pop("answers"), id_),
+        (lambda v, p, q: q["answers"][0].update(answer_start=1), id_),
+        (lambda v, p, q: q["answers"][0].update(answer_start=-4), id_),
+        (lambda v, p, q: q["answers"][0].update(answer_start="1"), id_),
+        (lambda v, p, q: q["answers"][0].update(text=7), id_),
+        (lambda v, p, q: v.update(data=[]), "no question"),
+    ):
         message = broken(change)
         assert word in message and str(path) in message, message
     for text in ("", "[1, 2]", "{", "7", "[" * 100_000):
@@ -568,17 +684,28 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     (tmp_path / "unfinished/log.jsonl").write_text("{}\n")
     (tmp_path / "predictions.json").write_text('{"a": 3}')
     for arguments, word in (
-            (["--block", "32x"], "32x"), (["--ffn-block", "0x0"], "0x0"), (["--density", "0"], "density"),
-            (["--density", "1.5"], "density"), (["--density", "nan"], "density"),
-            (["--epochs", "x"], "epochs"), (["--what"], "--what"), (["--batch-size", "0"], "batch-size"),
-            (["--train", data], "--dev"), (["--train", data, "--dev", data], "--model"),
-            ([*real, "--max-length", "1000"], "1000"), ([*real, "--max-length", "40"], "--stride"),
-            ([*real, "--stride", "150", "--max-length", "160"], "question"),
-            ([*real, "--model", tmp_path / "no"], "config.json"), ([*real, "--dev", tmp_path / "no"], "no"),
-            ([*real, "--max-length", "160", "--stride", "32", "--out", tmp_path / "unfinished"],
-             "--overwrite"),
-            (["--eval", tmp_path / "predictions.json", "--dev", data], "predictions.json"),
-            (["--eval", tmp_path / "nowhere", "--dev", data], "nowhere")):
+        (["--block", "32x"], "32x"),
+        (["--ffn-block", "0x0"], "0x0"),
+        (["--density", "0"], "density"),
+        (["--density", "1.5"], "density"),
+        (["--density", "nan"], "density"),
+        (["--epochs", "x"], "epochs"),
+        (["--what"], "--what"),
+        (["--batch-size", "0"], "batch-size"),
+        (["--train", data], "--dev"),
+        (["--train", data, "--dev", data], "--model"),
+        ([*real, "--max-length", "1000"], "1000"),
+        ([*real, "--max-length", "40"], "--stride"),
+        ([*real, "--stride", "150", "--max-length", "160"], "question"),
+        ([*real, "--model", tmp_path / "no"], "config.json"),
+        ([*real, "--dev", tmp_path / "no"], "no"),
+        (
+            [*real, "--max-length", "160", "--stride", "32", "--out", tmp_path / "unfinished"],
+            "--overwrite",
+        ),
+        (["--eval", tmp_path / "predictions.json", "--dev", data], "predictions.json"),
+        (["--eval", tmp_path / "nowhere", "--dev", data], "nowhere"),
+    ):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
                 train.main([str(a) for a in arguments])
@@ -599,16 +726,16 @@ def test_the_generated_corpus_needs_question_and_paragraph():
     splits = {name: generate.corpus(name) for name in ("train", "dev", "pretrain")}
     names, contexts = {}, {}
     for split, articles in splits.items():
-        questions = squad.questions_of(articles, split)        # every answer is at its offset
+        questions = squad.questions_of(articles, split)  # every answer is at its offset
         words = {w.strip(".,?") for q in questions for w in f"{q.text} {q.context}".split()}
         names[split] = {w for w in words if len(w) == 6 and w.istitle()}
         contexts[split] = {q.context for q in questions}
-        assert articles == generate.corpus(split)              # the same at every call
+        assert articles == generate.corpus(split)  # the same at every call
         answers = {}
         for question in questions:
             answers.setdefault(question.context, []).append(question)
         for context, asked in answers.items():
-            assert len({q.answers[0] for q in asked}) > 1      # not the paragraph alone
+            assert len({q.answers[0] for q in asked}) > 1  # not the paragraph alone
             for question in asked:
                 assert context.count(question.answers[0]) >= 1
     for split in ("train", "pretrain"):
@@ -622,17 +749,53 @@ def run_train(tmp_path: Path, *arguments, out="out") -> tuple[dict, str]:
     train_file = squad_file(tmp_path / "train.json", "train", 12)
     dev_file = squad_file(tmp_path / "dev.json", "dev", 4)
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        train.main([str(a) for a in (
-            "--model", model, "--train", train_file, "--dev", dev_file, "--out", tmp_path / out,
-            "--dense-epochs", 1, "--epochs", 3, "--lr", 1e-3, "--batch-size", 4, "--max-length", 100, "--stride", 20,
-            "--block", "12x12", *arguments)])
+        train.main(
+            [
+                str(a)
+                for a in (
+                    "--model",
+                    model,
+                    "--train",
+                    train_file,
+                    "--dev",
+                    dev_file,
+                    "--out",
+                    tmp_path / out,
+                    "--dense-epochs",
+                    1,
+                    "--epochs",
+                    3,
+                    "--lr",
+                    1e-3,
+                    "--batch-size",
+                    4,
+                    "--max-length",
+                    100,
+                    "--stride",
+                    20,
+                    "--block",
+                    "12x12",
+                    *arguments,
+                )
+            ]
+        )
     return json.loads((tmp_path / out / "summary.json").read_text()), stdout.getvalue()
 
 
 def test_the_whole_run(tmp_path):
     summary, text = run_train(tmp_path)
-    assert {"density", "compact_density", "heads_kept", "heads_total", "ffn_kept", "ffn_total", "speedup",
-            "parameters_dense", "parameters_compact", "largest_logit_difference"} < set(summary)
+    assert {
+        "density",
+        "compact_density",
+        "heads_kept",
+        "heads_total",
+        "ffn_kept",
+        "ffn_total",
+        "speedup",
+        "parameters_dense",
+        "parameters_compact",
+        "largest_logit_difference",
+    } < set(summary)
     assert summary["pruned"] == summary["compact"]
     assert abs(summary["density"] - 0.25) < 0.01
     assert 0 < summary["compact_density"] < 1
@@ -642,21 +805,33 @@ def test_the_whole_run(tmp_path):
     for name in ("dense", "masked", "compact"):
         row = summary["pruned" if name == "masked" else name]
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
-            train.main(["--eval", str(tmp_path / "out" / name), "--dev", str(tmp_path / "dev.json"),
-                        "--max-length", "100", "--stride", "20"])
+            train.main(
+                [
+                    "--eval",
+                    str(tmp_path / "out" / name),
+                    "--dev",
+                    str(tmp_path / "dev.json"),
+                    "--max-length",
+                    "100",
+                    "--stride",
+                    "20",
+                ]
+            )
         assert json.loads(stdout.getvalue()) == row
     predictions = json.loads((tmp_path / "out/predictions.json").read_text())
     dev = squad.read_squad(tmp_path / "dev.json")
     assert [*predictions] == [q.id for q in dev] and all(predictions.values())
     assert all(predictions[question.id] in question.context for question in dev)
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        train.main(["--eval", str(tmp_path / "out/predictions.json"), "--dev", str(tmp_path / "dev.json")])
+        train.main(
+            ["--eval", str(tmp_path / "out/predictions.json"), "--dev", str(tmp_path / "dev.json")]
+        )
     assert json.loads(stdout.getvalue()) == summary["compact"]
     lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     epoch = math.ceil(len(squad.read_squad(tmp_path / "train.json")) / 4)
     assert [line["stage"] for line in lines] == ["dense"] * epoch + ["prune"] * 3 * epoch
     densities = [line["density"] for line in lines[epoch:]]
-    final = 3 * epoch * 2 // 5                                 # steps at the final density
+    final = 3 * epoch * 2 // 5  # steps at the final density
     assert densities[0] == 1 and set(densities[-final:]) == {0.25}
     assert densities == sorted(densities, reverse=True)
     for word in ("dense", "pruned", "compact", "heads", "layer"):
@@ -672,7 +847,9 @@ def test_the_whole_run(tmp_path):
 def test_training_starts_from_a_saved_dense_model_too(tmp_path):
     """Dense and fine-pruning in one run equal the same in two."""
     one, _ = run_train(tmp_path, "--seed", 3, out="one")
-    two, _ = run_train(tmp_path, "--seed", 3, "--model", tmp_path / "one/dense", "--dense-epochs", 0, out="two")
+    two, _ = run_train(
+        tmp_path, "--seed", 3, "--model", tmp_path / "one/dense", "--dense-epochs", 0, out="two"
+    )
     assert one["dense"] == two["dense"] and one["compact"] == two["compact"]
     a, b = (read_safetensors(tmp_path / out / "masked/model.safetensors") for out in ("one", "two"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -705,20 +882,32 @@ def zeroed(model, rows=(), columns=()):
 
 
 def test_compaction_is_exact_for_every_row_of_the_table():
-    model = masked_model(num_hidden_layers=5)                  # 4 heads of 12, 80 FFN dimensions
+    model = masked_model(num_hidden_layers=5)  # 4 heads of 12, 80 FFN dimensions
     a = [layer.attention for layer in model.layers]
     f = [layer.ffn for layer in model.layers]
     everything = slice(None)
-    zeroed(model, rows=[(a[0].value, slice(0, 12)),            # V of head 0: goes
-                        (a[0].query, slice(12, 24)), (a[0].key, slice(24, 36)),   # means: they stay
-                        (a[1].value, slice(0, 6)),             # half by rows of V ...
-                        (a[1].query, slice(36, 48)), (a[1].key, slice(36, 48)),
-                        (a[2].value, everything), (f[2].first, everything),       # empty layer
-                        (f[0].first, slice(5, 20))],
-           columns=[(a[0].output, slice(36, 48)),              # output part of head 3: goes
-                    (a[1].output, slice(6, 12)),               # ... half by columns of W_O: goes
-                    (a[3].output, everything), (f[3].second, everything),         # empty layer
-                    (f[1].second, slice(0, 70)), (f[0].second, slice(15, 30))])
+    zeroed(
+        model,
+        rows=[
+            (a[0].value, slice(0, 12)),  # V of head 0: goes
+            (a[0].query, slice(12, 24)),
+            (a[0].key, slice(24, 36)),  # means: they stay
+            (a[1].value, slice(0, 6)),  # half by rows of V ...
+            (a[1].query, slice(36, 48)),
+            (a[1].key, slice(36, 48)),
+            (a[2].value, everything),
+            (f[2].first, everything),  # empty layer
+            (f[0].first, slice(5, 20)),
+        ],
+        columns=[
+            (a[0].output, slice(36, 48)),  # output part of head 3: goes
+            (a[1].output, slice(6, 12)),  # ... half by columns of W_O: goes
+            (a[3].output, everything),
+            (f[3].second, everything),  # empty layer
+            (f[1].second, slice(0, 70)),
+            (f[0].second, slice(15, 30)),
+        ],
+    )
     small = compact.compact(model)
     assert small.config.heads_per_layer == [2, 3, 0, 0, 4]
     assert small.config.ffn_per_layer == [55, 10, 0, 0, 80]
@@ -728,7 +917,7 @@ def test_compaction_is_exact_for_every_row_of_the_table():
     inputs = [padded_inputs(model.config.vocab_size)]
     difference = compact.largest_difference(model, small, inputs)
     assert 0 < difference <= 1e-4 * max(1, torch.stack(model(*inputs[0])).abs().max().item())
-    again = compact.compact(small)                             # nothing more to delete
+    again = compact.compact(small)  # nothing more to delete
     assert again.config == small.config and compact.largest_difference(small, again, inputs) == 0
 
 
@@ -741,7 +930,9 @@ def test_a_head_without_keys_must_not_be_deleted():
     broken = compact.compact(zeroed(masked_model(), rows=[(attention.key, slice(0, 12))]))
     zeroed(broken, rows=[(broken.layers[0].attention.value, slice(0, 12))])
     inputs = [padded_inputs(model.config.vocab_size)]
-    assert "differ" in error_of(lambda: compact.largest_difference(model, broken, inputs), ArithmeticError)
+    assert "differ" in error_of(
+        lambda: compact.largest_difference(model, broken, inputs), ArithmeticError
+    )
 
 
 def test_empty_sublayers_multiply_no_matrix():
@@ -767,11 +958,14 @@ torch.manual_seed(0)
 first, second = torch.nn.Linear(8, 6).double(), torch.nn.Linear(6, 8).double()
 with torch.no_grad():
     first.weight[2], second.weight[:, 4] = 0, 0
-    (W1, b1), (W2, b2) = compact_ffn((first.weight, first.bias), (second.weight, second.bias), torch.tanh)
+    (W1, b1), (W2, b2) = compact_ffn(
+        (first.weight, first.bias), (second.weight, second.bias), torch.tanh)
     x = torch.randn(5, 8).double()
     assert W1.shape == (4, 8) and W2.shape == (8, 4)
-    print((second(torch.tanh(first(x))) - (torch.tanh(x @ W1.T + b1) @ W2.T + b2)).abs().max() < 1e-12)
-    pairs = [(torch.randn(6, 8), torch.randn(6)) for _ in range(3)] + [(torch.randn(8, 6), torch.randn(8))]
+    difference = second(torch.tanh(first(x))) - (torch.tanh(x @ W1.T + b1) @ W2.T + b2)
+    print(difference.abs().max() < 1e-12)
+    pairs = [(torch.randn(6, 8), torch.randn(6)) for _ in range(3)]
+    pairs += [(torch.randn(8, 6), torch.randn(8))]
     pairs[2][0][0], pairs[3][0][:, 1] = 0, 0
     q, k, v, o = compact_attention(*pairs, head_size=2)
     constant = pairs[3][0][:, :2] @ pairs[2][1][:2]
@@ -783,8 +977,14 @@ with torch.no_grad():
 
 def test_a_compact_model_is_saved_and_opened(tmp_path):
     model = masked_model()
-    zeroed(model, rows=[(model.layers[1].attention.value, slice(None)),
-                        (model.layers[0].ffn.first, slice(None)), (model.layers[2].ffn.first, slice(9))])
+    zeroed(
+        model,
+        rows=[
+            (model.layers[1].attention.value, slice(None)),
+            (model.layers[0].ffn.first, slice(None)),
+            (model.layers[2].ffn.first, slice(9)),
+        ],
+    )
     small = compact.compact(model)
     small.save_pretrained(tmp_path)
     opened = BertForQuestionAnswering.from_pretrained(tmp_path).eval()
@@ -803,12 +1003,14 @@ def test_the_command_line_deletes_and_answers(tmp_path):
         compact.main([str(tmp_path / "masked"), str(tmp_path / "small")])
     lines = stdout.getvalue().splitlines()
     assert "1 of  4" in lines[2] and len({len(line) for line in lines[:4]}) == 1  # the table aligns
-    context = "Bilder lives in Gonfar. " * 60                  # several windows
+    context = "Bilder lives in Gonfar. " * 60  # several windows
     (tmp_path / "text").write_text(context)
     answers = []
     for folder in ("masked", "small"):
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
-            compact.main([str(tmp_path / folder), "--ask", "Where?", "--context", str(tmp_path / "text")])
+            compact.main(
+                [str(tmp_path / folder), "--ask", "Where?", "--context", str(tmp_path / "text")]
+            )
         answers.append(stdout.getvalue().strip())
     assert answers[0] == answers[1] and answers[0] in context
 
@@ -821,7 +1023,7 @@ def test_downloads_are_whole_or_absent(tmp_path):
         def log_message(self, *_):
             pass
 
-        def send_header(self, name, value):                    # announce more than comes
+        def send_header(self, name, value):  # announce more than comes
             longer = name.lower() == "content-length" and "cut" in self.path
             super().send_header(name, str(int(value) + 9) if longer else value)
 
@@ -842,8 +1044,15 @@ def test_downloads_are_whole_or_absent(tmp_path):
     assert (data / "train-v1.1.json").read_bytes() == (site / "train-v1.1.json").read_bytes()
     BertForQuestionAnswering.from_pretrained(data / "bert")
     assert squad.read_squad(data / "dev-v1.1.json")
-    for name, missing in (("cut", "config.json"), ("bad", "model.safetensors"), ("none", "config.json")):
-        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+    for name, missing in (
+        ("cut", "config.json"),
+        ("bad", "model.safetensors"),
+        ("none", "config.json"),
+    ):
+        with (
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             try:
                 download.main([*common, name])
             except SystemExit as error:

@@ -117,6 +117,19 @@ def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[lis
     return result
 
 
+def collate(windows: list[Window], pad: int) -> dict[str, Tensor]:
+    """Pad windows to the longest: what the model takes, its targets, and where the context lies."""
+    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)  # (B, T)
+    length = torch.tensor([len(w.ids) for w in windows])[:, None]                      # (B, 1)
+    first = torch.tensor([w.first for w in windows])[:, None]
+    position = torch.arange(ids.shape[1])                                              # (T,)
+    return {"input_ids": ids, "attention_mask": position < length,
+            "token_type_ids": ((position >= first) & (position < length)).long(),
+            "context": (position >= first) & (position < length - 1),
+            "start": torch.tensor([w.start for w in windows]),                         # (B,)
+            "end": torch.tensor([w.end for w in windows])}
+
+
 def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
@@ -127,7 +140,7 @@ def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def sample_inputs(windows: list[Window], pad: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The model's inputs in batches of 8, for comparing models."""
-    return [inputs_of(to_device(squad.collate(windows[low:low + 8], pad)))
+    return [inputs_of(to_device(collate(windows[low:low + 8], pad)))
             for low in range(0, len(windows), 8)]
 
 
@@ -157,7 +170,7 @@ def teacher_logits(model: nn.Module, windows: list[Window], pad: int, size: int)
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
     for low in tqdm(range(0, len(order), size), desc="teacher", leave=False, disable=None):
         indices = order[low:low + size]
-        batch = to_device(squad.collate([windows[i] for i in indices], pad))
+        batch = to_device(collate([windows[i] for i in indices], pad))
         for i, row in zip(indices, torch.stack(model(*inputs_of(batch)), -1).cpu()):   # (T, 2)
             logits[i] = row[:len(windows[i].ids)].clone()
     return logits
@@ -192,7 +205,7 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
             density = prune.cubic_density(step, start, end, args.density)
             for group in groups:
                 group.keep(density)
-        batch = squad.collate([windows[i] for i in indices], pad)
+        batch = collate([windows[i] for i in indices], pad)
         if teacher:
             both = pad_sequence([teacher[i] for i in indices], True, -1e4)             # (B, T, 2)
             batch["teacher_start"], batch["teacher_end"] = both.unbind(-1)
@@ -234,7 +247,7 @@ def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question], m
         best = [(-math.inf, "")] * len(chunk)
         for low in range(0, len(windows), size):
             part = windows[low:low + size]
-            batch = to_device(squad.collate(part, pad))
+            batch = to_device(collate(part, pad))
             spans = squad.best_spans(*model(*inputs_of(batch)), batch["context"])
             for window, score, first, last in zip(part, *(x.tolist() for x in spans)):
                 if score > best[window.question][0]:
@@ -310,35 +323,6 @@ def claim(folder: Path, overwrite: bool):
     (folder / "summary.json").unlink(missing_ok=True)
 
 
-def summarise(rows: dict, model: BertForQuestionAnswering, small: BertForQuestionAnswering,
-              difference: float, speed: float) -> dict:
-    """What summary.json says: `rows` are the three models' EM and F1, `model` is the pruned one."""
-    total = compact.linear_weights(model.layers)
-    nonzero = sum(kept for kept, _ in prune.densities(model.layers).values())
-    return {**rows, "density": nonzero / total,
-            "compact_density": compact.linear_weights(small.layers) / total,
-            "heads_kept": sum(small.config.heads_per_layer),
-            "heads_total": sum(model.config.heads_per_layer),
-            "ffn_kept": sum(small.config.ffn_per_layer),
-            "ffn_total": sum(model.config.ffn_per_layer),
-            "parameters_dense": sum(p.numel() for p in model.parameters()),
-            "parameters_compact": sum(p.numel() for p in small.parameters()),
-            "largest_logit_difference": difference, "speedup": speed}
-
-
-def closing_table(s: dict) -> str:
-    """One row a model. The pruned model has the dense one's shapes, and therefore its speed."""
-    before = s["parameters_dense"], s["heads_total"], 1.0
-    after = s["parameters_compact"], s["heads_kept"], s["speedup"]
-    lines = ["model        EM     F1  density   parameters       heads   speed"]
-    for name, density, (size, heads, speed) in (
-            ("dense", 1.0, before), ("pruned", s["density"], before),
-            ("compact", s["compact_density"], after)):
-        lines.append(f"{name:8} {s[name]['exact_match']:6.2f} {s[name]['f1']:6.2f}  {density:7.3f}"
-                     f"  {size:11,}  {heads:3} of {s['heads_total']:3}  {speed:5.2f}x")
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------ the run
 
 
@@ -401,8 +385,9 @@ def main(argv: list[str] | None = None):
     difference = compact.largest_difference(model, small, inputs)
     save_model(small, args.model, out / "compact")
     save_json(out / "predictions.json", measure("compact", small))
-    summary = summarise(rows, model, small, difference, compact.speedup(model, small, inputs[0]))
-    print(f"\n{compact.layer_table(model, small)}\n\n{closing_table(summary)}\n\n"
+    speed = compact.speedup(model, small, inputs[0])
+    summary = compact.summarise(rows, model, small, difference, speed)
+    print(f"\n{compact.layer_table(model, small)}\n\n{compact.closing_table(summary)}\n\n"
           f"largest difference between pruned and compact logits: {difference:.1e}")
     save_json(out / "summary.json", summary)                         # the run is finished
 

@@ -6,8 +6,6 @@
 Every file is checked before it gets its name, so that none is there in part. Files that are there
 already stay as they are.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os

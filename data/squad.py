@@ -12,8 +12,6 @@ al., BERT, 2018 (arXiv 1810.04805), section 4.2.
 
 Shapes in comments: B batch, T tokens.
 """
-from __future__ import annotations
-
 import json
 import re
 import string
@@ -28,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -164,19 +161,6 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer, max_length: in
                 window.start, window.end = (len(prefix) + int(answer[i]) - low for i in (0, -1))
             windows.append(window)
     return windows
-
-
-def collate(windows: list[Window], pad: int) -> dict[str, Tensor]:
-    """Pad windows to the longest: what the model takes, its targets, and where the context lies."""
-    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)    # (B, T)
-    length = torch.tensor([len(w.ids) for w in windows])[:, None]                       # (B, 1)
-    first = torch.tensor([w.first for w in windows])[:, None]
-    position = torch.arange(ids.shape[1])                                               # (T,)
-    return {"input_ids": ids, "attention_mask": position < length,
-            "token_type_ids": ((position >= first) & (position < length)).long(),
-            "context": (position >= first) & (position < length - 1),
-            "start": torch.tensor([w.start for w in windows]),                          # (B,)
-            "end": torch.tensor([w.end for w in windows])}
 
 
 def best_spans(start: Tensor, end: Tensor, context: Tensor,
