@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -726,21 +727,26 @@ def test_the_generated_corpus_needs_question_and_paragraph():
     splits = {name: generate.corpus(name) for name in ("train", "dev", "pretrain")}
     names, contexts = {}, {}
     for split, articles in splits.items():
-        questions = squad.questions_of(articles, split)  # every answer is at its offset
-        words = {w.strip(".,?") for q in questions for w in f"{q.text} {q.context}".split()}
-        names[split] = {w for w in words if len(w) == 6 and w.istitle()}
-        contexts[split] = {q.context for q in questions}
         assert articles == generate.corpus(split)  # the same at every call
-        answers = {}
+        questions = squad.questions_of(articles, split)  # every answer is at its offset
+        found = (re.findall("[A-Z][a-z]+ [A-Z][a-z]+", q.context) for q in questions)
+        people = {f"{w[0]} {w[1]}" for full in found for w in map(str.split, full)
+                  if w[0] in generate.FIRST and w[1] in generate.LAST}
+        places = {q.answers[0] for q in questions if q.answers[0].istitle()}
+        names[split], contexts[split] = people | places, {q.context for q in questions}
+        assert len(people) > 60 and len(places) > 300
+        paragraphs = {}
         for question in questions:
-            answers.setdefault(question.context, []).append(question)
-        for context, asked in answers.items():
-            assert len({q.answers[0] for q in asked}) > 1  # not the paragraph alone
-            for question in asked:
-                assert context.count(question.answers[0]) >= 1
+            paragraphs.setdefault(question.context, []).append(question)
+        for context, asked in paragraphs.items():
+            assert len({q.answers[0] for q in asked}) == len(asked)  # the question matters
+            persons = {p for p in people if p in context}
+            assert len(persons) == 3 and len({p.split()[0] for p in persons}) == 3
     for split in ("train", "pretrain"):
         assert not names["dev"] & names[split] and not contexts["dev"] & contexts[split]
-    assert len(names["dev"]) > 500
+    phrases = {split: {re.sub("[A-Z][a-z]+ [A-Z][a-z]+", "X", q.text) for q in squad.questions_of(
+        splits[split], split)} for split in ("train", "pretrain")}
+    assert not phrases["train"] & phrases["pretrain"]
 
 
 def run_train(tmp_path: Path, *arguments, out="out") -> tuple[dict, str]:

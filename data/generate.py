@@ -21,18 +21,18 @@ LAST = ("Archer Bishop Carter Dyer Fisher Glover Hunter Knight Mason Page Parker
 JOBS = ("baker carpenter cook doctor driver farmer gardener judge lawyer miller nurse painter "
         "pilot potter sailor singer tailor teacher waiter weaver").split()
 YEARS = [str(year) for year in range(1950, 2020)]
-# relation: statements, questions for the answer {a}, questions for the person {p}
+# relation: statements about a person {p}, and questions that the answer {a} is to
 RELATIONS = {
     "birth": (["{p} was born in {a}.", "{p} comes from {a}."],
-              ["Where was {p} born?", "Which town does {p} come from?"], []),
+              ["Where was {p} born?", "Which town does {p} come from?"]),
     "home": (["{p} lives in {a}.", "The home of {p} is in {a}."],
-             ["Where does {p} live?", "Where is the home of {p}?"], []),
+             ["Where does {p} live?", "Where is the home of {p}?"]),
     "dog": (["{p} has a dog called {a}.", "The dog of {p} is called {a}."],
-            ["What is the dog of {p} called?"], []),
+            ["What is the dog of {p} called?"]),
     "job": (["{p} works as a {a}.", "{p} is a {a} by trade."],
-            ["What is the job of {p}?", "What does {p} work as?"], ["Who works as a {a}?"]),
+            ["What is the job of {p}?", "What does {p} work as?"]),
     "school": (["{p} left school in {a}.", "In {a}, {p} left school."],
-               ["When did {p} leave school?"], ["Who left school in {a}?"]),
+               ["When did {p} leave school?", "In which year did {p} leave school?"]),
 }
 
 
@@ -57,7 +57,9 @@ def paragraph(rng: random.Random, people: list[str], names: list[str], id_: str,
     With `pretrain`, the questions are statements with a blank, "Anna Page was born in _.", and
     "Who is Anna?": to find a name again is what a model must learn before all else.
     """
-    people, fresh, facts = rng.sample(people, 3), rng.sample(names, 9), []
+    people = [rng.choice([person for person in people if person.startswith(first)])
+              for first in rng.sample(FIRST, 3)]
+    fresh, facts = rng.sample(names, 6), []
     for relation in rng.sample(list(RELATIONS), rng.randint(1, 2)):
         closed = {"job": JOBS, "school": YEARS}.get(relation)
         answers = rng.sample(closed, 3) if closed else [fresh.pop() for _ in people]
@@ -66,17 +68,12 @@ def paragraph(rng: random.Random, people: list[str], names: list[str], id_: str,
     asked = rng.sample(facts, min(4, len(facts)))
     context, qas = "", []
     for person, answer, relation in facts:
-        statements, forward, backward = RELATIONS[relation]
+        statements, questions = RELATIONS[relation]
         sentence = rng.choice(statements).format(p=person, a=answer)
-        if pretrain:
-            forward, backward = ([s.replace(gap, "_") for s in statements if group]
-                                 for gap, group in (("{a}", forward), ("{p}", backward)))
         if (person, answer, relation) in asked:
-            question = rng.choice(forward + backward)
-            truth = answer if question in forward else person
-            qas.append({"id": f"{id_}-{len(qas)}", "question": question.format(p=person, a=answer),
-                        "answers": [{"text": truth,
-                                     "answer_start": len(context) + sentence.index(truth)}]})
+            question = rng.choice(statements if pretrain else questions).format(p=person, a="_")
+            qas.append({"id": f"{id_}-{len(qas)}", "question": question, "answers": [
+                {"text": answer, "answer_start": len(context) + sentence.index(answer)}]})
         context += sentence + " "
     for person in people * pretrain:
         qas.append({"id": f"{id_}-{len(qas)}", "question": f"Who is {person.split()[0]}?",
