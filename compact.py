@@ -25,6 +25,7 @@ Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -97,13 +98,11 @@ def largest_difference(masked: nn.Module, small: nn.Module,
     """
     masked.eval(), small.eval()
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    difference = largest = 0.0
-    for batch in inputs:
-        a, b = torch.stack(masked(*batch)), torch.stack(small(*batch))
-        difference = max(difference, (a - b).abs().max().item())
-        largest = max(largest, a.abs().max().item())
+    pairs = [(torch.stack(masked(*batch)), torch.stack(small(*batch))) for batch in inputs]
+    difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()   # NaN if any is
+    largest = torch.stack([a.abs().max() for a, _ in pairs]).max().item()
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    if not difference <= 1e-4 * max(1.0, largest):
+    if not difference <= 1e-4 * max(1.0, largest) < math.inf:
         raise ArithmeticError(f"masked and compact model differ by {difference:.2g} in logits of "
                               f"up to {largest:.2g}: more than float32's rounding")
     return difference
@@ -131,16 +130,17 @@ def layer_table(dense: nn.Module, small: nn.Module) -> str:
     """What remains of every layer: heads, FFN dimensions, weights of the linear layers."""
     lines = ["layer     heads  FFN dimensions  linear weights    left"]
     for i, (a, b) in enumerate(zip(dense.layers, small.layers)):
+        before, after = linear_weights(a), linear_weights(b)
         lines.append(f"{i:5}  {b.attention.heads:2} of {a.attention.heads:2}"
                      f"  {b.ffn.first.out_features:6} of {a.ffn.first.out_features:4}"
-                     f"  {linear_weights(b):14,}  {linear_weights(b) / linear_weights(a):6.1%}")
+                     f"  {after:14,}  {after / max(1, before):6.1%}")
     return "\n".join(lines)
 
 
 def summarise(rows: dict, model: nn.Module, small: nn.Module,
               difference: float, speed: float) -> dict:
     """What summary.json says: `rows` are the three models' EM and F1, `model` is the pruned one."""
-    total = linear_weights(model.layers)
+    total = max(1, linear_weights(model.layers))
     nonzero = sum(int(m.weight.count_nonzero()) for m in model.layers.modules()
                   if isinstance(m, nn.Linear))
     return {**rows, "density": nonzero / total,
@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None):
     try:
         if bool(args.target) == bool(args.ask) or bool(args.ask) != bool(args.context):
             raise ValueError("give a folder for the compact model, or --ask with --context")
+        if args.target and Path(args.target).resolve() == Path(args.model).resolve():
+            raise ValueError(f"{args.target}: is the model itself; name another folder")
         model, tokenizer = train.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         if args.ask:

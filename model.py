@@ -20,6 +20,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -62,7 +63,7 @@ class BertConfig:
         for field in fields(self)[:-2]:
             value, kind = getattr(self, field.name), type(field.default)
             if type(value) not in ((int, float) if kind is float else (kind,)) or \
-                    (kind is int and value < 1) or (kind is float and not 0 <= value < 1):
+                    kind is int and not 1 <= value < 2**31 or kind is float and not 0 <= value < 1:
                 raise ValueError(f"{field.name} is {value!r}; a typical value is {field.default!r}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {[*ACTIVATIONS]}")
@@ -228,6 +229,7 @@ class BertForQuestionAnswering(nn.Module):
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         if not {"qa_outputs.weight", "qa_outputs.bias"} & set(tensors):
+            print(f"{file}: no span head; it starts random", file=sys.stderr)
             head = torch.randn(2, config.hidden_size) * config.initializer_range
             tensors |= {"qa_outputs.weight": head, "qa_outputs.bias": torch.zeros(2)}
         with torch.device("meta"):                           # shapes only: no memory until checked
@@ -243,14 +245,16 @@ class BertForQuestionAnswering(nn.Module):
                                  f"but by config.json it is float {list(parameter.shape)}")
             state[name] = tensor.to(torch.float32, copy=True)
         model.load_state_dict(state, assign=True)
-        return model
+        return model.eval()
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()}
         write_safetensors(Path(folder) / "model.safetensors", tensors)
-        (Path(folder) / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+        partial_path = Path(folder) / "config.json.partial"
+        partial_path.write_text(self.config.to_json(), encoding="utf-8")
+        os.replace(partial_path, Path(folder) / "config.json")
 
 
 # -------------------------------------------------------------------- names: ours -> Hugging Face's
@@ -296,7 +300,7 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
     try:                                                     # weights are data, never code
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return path, {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+        return path, {str(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
     except Exception as error:                               # a damaged file raises anything
         raise ValueError(f"{path}: not a plain file of tensors ({type(error).__name__})") from None
 
@@ -322,21 +326,23 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            spans = sorted((*entry["data_offsets"], entry["dtype"], entry["shape"], name)
-                           for name, entry in header.items())
+            spans = [(*entry["data_offsets"], DTYPES[entry["dtype"]], [*entry["shape"]], name)
+                     for name, entry in header.items()]
+            if not all(type(n) is int and 0 <= n <= size for begin, end, _, shape, _ in spans
+                       for n in (begin, end, *shape)):
+                raise ValueError("offsets and shapes are whole numbers below the file's size")
+            spans.sort(key=lambda span: span[:2])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a safetensors header ({error!r})") from None
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors, position, start = {}, 0, 8 + length
     for begin, end, dtype, shape, name in spans:
-        if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-            raise ValueError(f"{path}: {name!r} has an unknown dtype or an impossible shape")
         count = prod(shape)
-        if begin != position or end - begin != count * DTYPES[dtype].itemsize or end > size - start:
+        if begin != position or end - begin != count * dtype.itemsize or end > size - start:
             raise ValueError(f"{path}: the bytes of {name!r} do not fit its shape, overlap others, "
                              "leave a gap or lie beyond the end; get the file again")
-        tensors[name] = torch.empty(shape, dtype=DTYPES[dtype]) if not count else torch.frombuffer(
-            data, dtype=DTYPES[dtype], count=count, offset=start + begin).view(shape)
+        tensors[name] = torch.empty(shape, dtype=dtype) if not count else torch.frombuffer(
+            data, dtype=dtype, count=count, offset=start + begin).view(shape)
         position = end
     if position != size - start:
         raise ValueError(f"{path}: {size - start - position} bytes at the end belong to no tensor")

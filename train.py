@@ -26,6 +26,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,8 @@ def check(args: Namespace):
     prune.parse_block(args.block), prune.parse_block(args.ffn_block)
     for name, low, high in (("density", 1e-9, 1), ("distill", 0, 1), ("dropout", 0, 0.999),
                             ("lr", 0, 1), ("score_lr", 0, 1e9), ("batch_size", 1, 1e9),
-                            ("stride", 0, 1e9), ("dense_epochs", 0, 1e9), ("epochs", 0, 1e9)):
+                            ("stride", 0, 1e9), ("dense_epochs", 0, 1e9), ("epochs", 0, 1e9),
+                            ("max_length", 1, 1e9), ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value} is outside {low:g} to {high:g}")
@@ -180,7 +182,7 @@ def teacher_logits(model: nn.Module, windows: list[Window], pad: int, size: int)
 
 
 def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epochs: int, stage: str,
-        log, groups: list[prune.BlockGroup] = (), teacher: list[Tensor] | None = None):
+        log: TextIO, groups: list[prune.BlockGroup] = (), teacher: list[Tensor] | None = None):
     """Train for `epochs` epochs; on the way, prune the blocks of `groups` to args.density."""
     scores = [parameter for group in groups for parameter in group.scores]
     weights = [p for p in model.parameters() if not any(p is score for score in scores)]
@@ -192,7 +194,7 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
     start, end = total * 5 // 100, total * 60 // 100          # of the way to the final density
 
     def linear(step: int) -> float:                          # warm-up over a tenth, then decay to 0
-        return min((step + 1) / max(1, total // 10), (total - step) / (total - total // 10))
+        return min((step + 1) / max(1, total // 10), (total - step) / max(1, total - total // 10))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [linear, linear, lambda step: 1.0])
     schedule = ((epoch, indices) for epoch in range(epochs)
@@ -267,7 +269,7 @@ def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str,
     else:
         try:
             predictions = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         if not isinstance(predictions, dict) or \
                 not all(isinstance(text, str) for text in predictions.values()):
@@ -304,7 +306,9 @@ def save_model(model: BertForQuestionAnswering, source: str | Path, folder: Path
     model.save_pretrained(folder)
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
         path = Path(source) / name
-        if path.exists() and path.resolve() != (folder / name).resolve():
+        if not path.exists():
+            (folder / name).unlink(missing_ok=True)                     # an older run's
+        elif path.resolve() != (folder / name).resolve():
             shutil.copyfile(path, folder / name)
 
 
@@ -315,12 +319,14 @@ def save_json(path: Path, value):
     os.replace(partial, path)
 
 
-def claim(folder: Path, overwrite: bool):
-    """Make the output folder this run's. Raises ValueError if an unfinished run lies there."""
+def claim(folder: Path, overwrite: bool) -> TextIO:
+    """Open the log in the output folder. Raises ValueError if an unfinished run lies there."""
     if (folder / "log.jsonl").exists() and not (folder / "summary.json").exists() and not overwrite:
         raise ValueError(f"{folder}: holds an unfinished run; give --overwrite or another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.jsonl", "w", encoding="utf-8", buffering=1)
     (folder / "summary.json").unlink(missing_ok=True)
+    return log
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -328,20 +334,26 @@ def claim(folder: Path, overwrite: bool):
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    torch.manual_seed(args.seed)
     try:                                    # all that comes from outside is opened and checked here
         check(args)
+        torch.manual_seed(args.seed)
         dev = questions_in(args.dev, "dev")
         if args.eval:
             print(json.dumps(evaluate(args.eval, dev, args)))
             return
         train = questions_in(args.train, "train")
         model, tokenizer = open_model(args.model, args.max_length)
-        teacher = open_model(args.teacher, args.max_length)[0] if args.teacher else model
+        teacher = model
+        if args.teacher:
+            teacher, vocabulary = open_model(args.teacher, args.max_length)
+            if vocabulary.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(f"{args.teacher}: its vocabulary is not that of {args.model}")
         windows = squad.make_windows(train, tokenizer, args.max_length, args.stride)
-        samples = [part for _, part in chunks(dev, tokenizer, args.max_length, args.stride)][0]
+        samples = []
+        for _, part in chunks(dev, tokenizer, args.max_length, args.stride):
+            samples = samples or part                          # the first; all are checked
         out = Path(args.out)
-        claim(out, args.overwrite)
+        log = claim(out, args.overwrite)
     except (ValueError, OSError) as error:
         fail(str(error))
     if args.offline:
@@ -361,7 +373,7 @@ def main(argv: list[str] | None = None):
     for module in model.modules():
         if isinstance(module, nn.Dropout) and args.dropout is not None:
             module.p = args.dropout
-    with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
+    with log:
         # 1. Dense fine-tuning.
         if args.dense_epochs:
             fit(model, windows, pad, args, args.dense_epochs, "dense", log)
@@ -382,7 +394,10 @@ def main(argv: list[str] | None = None):
     # 4. Delete them, and prove that nothing else changed.
     small = compact.compact(model)
     inputs = sample_inputs(samples, pad)
-    difference = compact.largest_difference(model, small, inputs)
+    try:
+        difference = compact.largest_difference(model, small, inputs)
+    except ArithmeticError as error:
+        sys.exit(f"train.py: {error}; the masked model is in {out / 'masked'}")
     save_model(small, args.model, out / "compact")
     save_json(out / "predictions.json", measure("compact", small))
     speed = compact.speedup(model, small, inputs[0])

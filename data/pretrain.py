@@ -34,5 +34,5 @@ if __name__ == "__main__":
     model.embeddings.position.weight.data = waves / 7
     questions = squad.questions_of(generate.corpus("pretrain"), "generated corpus")
     windows = squad.make_windows(questions, squad.load_tokenizer(folder), 384, 128)
-    train.fit(model, windows, 0, args, 3, "pretrain", io.StringIO())
+    train.fit(model.to(train.DEVICE), windows, 0, args, 3, "pretrain", io.StringIO())
     model.half().save_pretrained(folder)              # half precision: 2 MB

@@ -52,8 +52,8 @@ def questions_of(articles: list, path: str | Path) -> list[Question]:
         if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
             name = {str: "text", list: "list", int: "number"}[kind]
             raise ValueError(f"{path}: {place}: no {name} {key!r}; is this SQuAD's format?")
-        if kind is str and not entry[key].strip():
-            raise ValueError(f"{path}: {place}: {key!r} is empty; fill it in or remove the entry")
+        if kind is str and (not entry[key].strip() or re.search("[\ud800-\udfff]", entry[key])):
+            raise ValueError(f"{path}: {place}: {key!r} is empty or no text; mend or remove it")
         return entry[key]
 
     questions, seen = [], set()
@@ -108,7 +108,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     except Exception as error:                      # the library raises no narrower class
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
-    for token in ("[CLS]", "[SEP]", "[PAD]"):
+    for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no {token}; is it BERT's?")
     return tokenizer
