@@ -168,7 +168,7 @@ def closing_table(s: dict) -> str:
 
 
 def main(argv: list[str] | None = None):
-    import train                                    # the command line reads text; functions do not
+    import train  # here, since only the command line needs the rest of the project
     from data import squad
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = train.fail

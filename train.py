@@ -221,7 +221,8 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
         line = {"stage": stage, "epoch": epoch, "step": step, "loss": loss.item(),
                 "density": density, "lr": scheduler.get_last_lr()[0]}
         log.write(json.dumps(line) + "\n")
-        bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")})
+        bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")},
+                        refresh=False)
         scheduler.step()
 
 

@@ -91,4 +91,4 @@ def vocabulary() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"version": "1.1", "data": corpus(sys.argv[1])}, indent=1))
+    print(json.dumps({"version": "1.1", "data": corpus(*sys.argv[1:] or ["dev"])}, indent=1))
