@@ -188,7 +188,10 @@ def main(argv: list[str] | None = None):
         model, tokenizer = train.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         if args.ask:
-            text = Path(args.context).read_text(encoding="utf-8-sig", errors="replace")
+            try:
+                text = Path(args.context).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                raise ValueError(f"{args.context}: not a text in UTF-8") from None
             if not text.strip() or not args.ask.strip():
                 raise ValueError(f"{args.context}: the context or the question is empty")
             question = squad.Question("--ask", args.ask.strip(), text, [], None)

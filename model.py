@@ -328,19 +328,22 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             header.pop("__metadata__", None)
             spans = [(*entry["data_offsets"], DTYPES[entry["dtype"]], [*entry["shape"]], name)
                      for name, entry in header.items()]
-            if not all(type(n) is int and 0 <= n <= size for begin, end, _, shape, _ in spans
+            if not all(type(n) is int and n >= 0 for begin, end, _, shape, _ in spans
                        for n in (begin, end, *shape)):
-                raise ValueError("offsets and shapes are whole numbers below the file's size")
+                raise ValueError("an offset or a shape is not made of whole numbers")
             spans.sort(key=lambda span: span[:2])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a safetensors header ({error!r})") from None
+            raise ValueError(f"{path}: not a safetensors header ({type(error).__name__}: "
+                             f"{str(error)[:200]}); get the file again") from None
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors, position, start = {}, 0, 8 + length
     for begin, end, dtype, shape, name in spans:
         count = prod(shape)
-        if begin != position or end - begin != count * dtype.itemsize or end > size - start:
-            raise ValueError(f"{path}: the bytes of {name!r} do not fit its shape, overlap others, "
-                             "leave a gap or lie beyond the end; get the file again")
+        if end > size - start:
+            raise ValueError(f"{path}: cut off in {name!r}, after {size} bytes; get the file again")
+        if begin != position or end - begin != count * dtype.itemsize or max([0, *shape]) > size:
+            raise ValueError(f"{path}: the bytes of {name!r} do not fit its shape, overlap others "
+                             "or leave a gap; get the file again")
         tensors[name] = torch.empty(shape, dtype=dtype) if not count else torch.frombuffer(
             data, dtype=dtype, count=count, offset=start + begin).view(shape)
         position = end

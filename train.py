@@ -48,21 +48,29 @@ OFFLINE = dict(model=str(Path(__file__).parent / "data/tiny-bert"), dense_epochs
                batch_size=32, lr=1e-3, dropout=0.0)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show every default but None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.splitlines()[0], formatter_class=Help,
         epilog="Without --model and --train, a tiny BERT learns a generated corpus, with defaults "
-        + ", ".join(f"{name} {value}" for name, value in OFFLINE.items() if name != "model"))
+        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in OFFLINE.items()
+                    if name != "model"))
     parser.error = fail
     add = parser.add_argument
     add("--block", default="32x32", help="blocks of the attention matrices, ROWSxCOLUMNS or all")
     add("--ffn-block", default="1xall", help="blocks of the FFN matrices")
     add("--density", type=float, default=0.25, help="fraction of the encoder's weights to keep")
-    add("--model", help="folder with config.json, weights and vocabulary")
-    add("--train", help="questions to train on, in SQuAD's format")
-    add("--dev", help="questions to evaluate on, in SQuAD's format")
+    add("--model", help="checkpoint's folder (default: the tiny BERT's)")
+    add("--train", help="SQuAD's JSON to train on (default: the generated corpus)")
+    add("--dev", help="SQuAD's JSON to evaluate on (default: likewise)")
     add("--out", default="out", help="folder for the results")
-    add("--overwrite", action="store_true", help="replace an unfinished run")
+    add("--overwrite", action="store_true", help="replace even an unfinished run")
     add("--eval", metavar="PATH", help="evaluate a saved model's folder or a predictions.json")
     add("--dense-epochs", type=int, default=2, help="epochs of fine-tuning before pruning")
     add("--epochs", type=int, default=20, help="epochs of fine-pruning")
@@ -71,8 +79,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--score-lr", type=float, default=1e-2, help="learning rate of the scores")
     add("--max-length", type=int, default=384, help="tokens in a window")
     add("--stride", type=int, default=128, help="tokens by which two windows overlap")
-    add("--dropout", type=float, help="dropout in training instead of the checkpoint's")
-    add("--teacher", metavar="FOLDER", help="model to distill from instead of the dense one")
+    add("--dropout", type=float, help="dropout in training (default: the checkpoint's)")
+    add("--teacher", metavar="FOLDER", help="model to distill from (default: the dense one)")
     add("--distill", type=float, default=0.9, help="weight of the teacher in the loss, 0 for none")
     add("--seed", type=int, default=0, help="seed of all random numbers")
     args = parser.parse_args(argv)
@@ -275,6 +283,9 @@ def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str,
         if not isinstance(predictions, dict) or \
                 not all(isinstance(text, str) for text in predictions.values()):
             raise ValueError(f"{path}: not predictions; they map every question's id to a text")
+    missing = sum(question.id not in predictions for question in questions)
+    if missing:
+        print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
     return squad.score(predictions, questions)
 
 
@@ -340,6 +351,8 @@ def main(argv: list[str] | None = None):
         torch.manual_seed(args.seed)
         dev = questions_in(args.dev, "dev")
         if args.eval:
+            if not args.dev:
+                print("no --dev: evaluating on the generated corpus", file=sys.stderr)
             print(json.dumps(evaluate(args.eval, dev, args)))
             return
         train = questions_in(args.train, "train")
@@ -381,7 +394,9 @@ def main(argv: list[str] | None = None):
             save_model(model, args.model, out / "dense")
         measure("dense", model)
         # 2. Fine-pruning: the same loop with masks on, and the dense model as teacher.
-        logits = teacher_logits(teacher, windows, pad, 32) if args.distill else None
+        logits = None
+        if args.distill and args.epochs:
+            logits = teacher_logits(teacher, windows, pad, 32)
         del teacher
         attention = ["*.attention.query", "*.attention.key", "*.attention.value"]
         groups = [prune.BlockGroup(model, args.block, attention, ["*.attention.output"],

@@ -42,7 +42,7 @@ def read_squad(path: str | Path) -> list[Question]:
     try:
         articles = json.loads(Path(path).read_text(encoding="utf-8-sig"))["data"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not SQuAD's JSON, {{\"data\": [...]}} ({error!r})") from None
+        raise ValueError(f"{path}: not SQuAD's JSON, {{\"data\": [...]}} ({error})") from None
     return questions_of(articles, path)
 
 
@@ -150,7 +150,7 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer, max_length: in
         if room <= stride:
             raise ValueError(f"question {question.id}: its {len(prefix) - 2} tokens leave {room} "
                              f"of {max_length} to the context, but windows overlap by {stride}; "
-                             "raise --max-length or lower --stride")
+                             "raise --max-length, lower --stride or shorten it")
         begin, end = question.span or (0, 0)
         answer = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end))       # its tokens
         for low in range(0, max(len(ids) - stride, 1), room - stride):
