@@ -109,21 +109,36 @@ def largest_difference(masked: nn.Module, small: nn.Module,
 
 
 @torch.inference_mode()
-def speedup(dense: nn.Module, small: nn.Module, batch: tuple[Tensor, ...],
-            rounds: int = 15) -> float:
-    """How many times faster `small` is: both in turn on one batch, the ratio of median times."""
+def speedups(models: list[nn.Module], batch: tuple[Tensor, ...], rounds: int = 15) -> list[float]:
+    """How many times faster than the first one each model is: all in turn on one batch, medians."""
     def seconds(model):
         begin = perf_counter()
-        model(*batch)[0].sum().item()                               # .item() waits for a GPU
+        model.eval()(*batch)[0].sum().item()                        # .item() waits for a GPU
         return perf_counter() - begin
-    dense.eval(), small.eval()
-    times = [(seconds(dense), seconds(small)) for _ in range(rounds + 2)][2:]
-    return median(a for a, _ in times) / median(b for _, b in times)
+    times = [[seconds(model) for model in models] for _ in range(rounds + 2)][2:]
+    medians = [median(column) for column in zip(*times)]
+    return [medians[0] / time for time in medians]
 
 
 def linear_weights(module: nn.Module) -> int:
     """How many weights its linear layers hold."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def nonzero_weights(module: nn.Module) -> int:
+    """How many weights of its linear layers are not zero."""
+    return sum(int(m.weight.count_nonzero()) for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def mean_heads(model: nn.Module) -> int:
+    """Heads with no Q or no K: a mean over the tokens, whatever the query."""
+    count = 0
+    for attention in (layer.attention for layer in model.layers):
+        size = attention.head_size * attention.query.in_features
+        query, key = ((linear.weight.view(-1, size) != 0).any(1)            # (H,)
+                      for linear in (attention.query, attention.key))
+        count += int((~query | ~key).sum())
+    return count
 
 
 def layer_table(dense: nn.Module, small: nn.Module) -> str:
@@ -141,12 +156,10 @@ def summarise(rows: dict, model: nn.Module, small: nn.Module,
               difference: float, speed: float) -> dict:
     """What summary.json says: `rows` are the three models' EM and F1, `model` is the pruned one."""
     total = max(1, linear_weights(model.layers))
-    nonzero = sum(int(m.weight.count_nonzero()) for m in model.layers.modules()
-                  if isinstance(m, nn.Linear))
-    return {**rows, "density": nonzero / total,
+    return {**rows, "density": nonzero_weights(model.layers) / total,
             "compact_density": linear_weights(small.layers) / total,
             "heads_kept": sum(small.config.heads_per_layer),
-            "heads_total": sum(model.config.heads_per_layer),
+            "heads_total": sum(model.config.heads_per_layer), "heads_mean": mean_heads(small),
             "ffn_kept": sum(small.config.ffn_per_layer),
             "ffn_total": sum(model.config.ffn_per_layer),
             "parameters_dense": sum(p.numel() for p in model.parameters()),
@@ -167,9 +180,25 @@ def closing_table(s: dict) -> str:
     return "\n".join(lines)
 
 
+def comparison(dense: nn.Module, runs: dict[str, tuple[float, nn.Module, nn.Module]],
+               batch: tuple[Tensor, ...]) -> str:
+    """One row a run, which is name: (F1, masked model, compact model); all against `dense`."""
+    total = linear_weights(dense.layers)
+    speeds = speedups([dense, *(small for _, _, small in runs.values())], batch)
+    width = max(len(name) for name in (*runs, "dense"))
+    lines = [f"{'run':{width}}     F1  density  compact  heads  means    FFN   speed"]
+    for (name, (f1, masked, small)), speed in zip(runs.items(), speeds[1:]):
+        lines.append(f"{name:{width}}  {f1:5.2f}  {nonzero_weights(masked.layers) / total:7.3f}"
+                     f"  {linear_weights(small.layers) / total:7.3f}"
+                     f"  {sum(small.config.heads_per_layer):5}  {mean_heads(small):5}"
+                     f"  {sum(small.config.ffn_per_layer):5}  {speed:5.2f}x")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None):
     import train  # here, since only the command line needs the rest of the project
     from data import squad
+    from model import read_json
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = train.fail
     add = parser.add_argument
@@ -179,10 +208,13 @@ def main(argv: list[str] | None = None):
         "(default: the generated corpus)")
     add("--ask", metavar="QUESTION", help="answer a question from the text in --context")
     add("--context", metavar="FILE", help="a text file")
+    add("--runs", nargs="+", metavar="FOLDER", default=[],
+        help="compare finished runs of train.py with the model, which is dense")
     args = parser.parse_args(argv)
     try:
-        if bool(args.target) == bool(args.ask) or bool(args.ask) != bool(args.context):
-            raise ValueError("give a folder for the compact model, or --ask with --context")
+        if (bool(args.target) + bool(args.ask) + bool(args.runs) != 1
+                or bool(args.ask) != bool(args.context)):
+            raise ValueError("give a folder for the compact model, --ask with --context, or --runs")
         if args.target and Path(args.target).resolve() == Path(args.model).resolve():
             raise ValueError(f"{args.target}: is the model itself; name another folder")
         model, tokenizer = train.open_model(args.model)
@@ -200,9 +232,14 @@ def main(argv: list[str] | None = None):
         questions = train.questions_in(args.dev, "dev")[:256]
         windows = squad.make_windows(questions, tokenizer, length, length // 3)
         inputs = train.sample_inputs(windows, tokenizer.token_to_id("[PAD]"))
+        if args.runs:
+            print(comparison(model, {run: (read_json(Path(run) / "summary.json")["compact"]["f1"], *(
+                train.open_model(f"{run}/{name}")[0] for name in ("masked", "compact")))
+                for run in args.runs}, inputs[0]))
+            return
         small = compact(model)
         difference = largest_difference(model, small, inputs)
-        train.save_model(small, args.model, Path(args.target))
+        small.save_pretrained(args.target, args.model)
     except (ValueError, OSError, ArithmeticError) as error:
         train.fail(str(error))
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
@@ -210,7 +247,7 @@ def main(argv: list[str] | None = None):
           f"linear weights of the encoder: {linear_weights(small.layers):,} of "
           f"{linear_weights(model.layers):,}\nall parameters: {after:,} of {before:,}\n"
           f"largest difference in logits, {len(questions)} questions: {difference:.1e}\n"
-          f"speed: {speedup(model, small, inputs[0]):.2f}x")
+          f"speed: {speedups([model, small], inputs[0])[1]:.2f}x")
 
 
 if __name__ == "__main__":

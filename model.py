@@ -19,10 +19,11 @@ import json
 import mmap
 import os
 import re
+import shutil
 import struct
 import sys
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -89,11 +90,8 @@ class BertConfig:
     @classmethod
     def read(cls, path: Path) -> BertConfig:
         """Read config.json, ignoring fields that do not concern this model. Raises ValueError."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
-        if not isinstance(values, dict) or values.get("model_type", "bert") != "bert" or \
+        values = read_json(path)
+        if values.get("model_type", "bert") != "bert" or \
                 values.get("position_embedding_type", "absolute") != "absolute":
             raise ValueError(f"{path}: not the configuration of a BERT with absolute positions")
         try:
@@ -101,12 +99,12 @@ class BertConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def to_json(self) -> str:
+    def values(self) -> dict:
+        """What config.json says."""
         values = asdict(self)
         if self == BertConfig(**{**values, "heads_per_layer": None, "ffn_per_layer": None}):
             del values["heads_per_layer"], values["ffn_per_layer"]     # nothing deleted: plain BERT
-        values = {"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values}
-        return json.dumps(values, indent=2) + "\n"
+        return {"architectures": ["BertForQuestionAnswering"], "model_type": "bert", **values}
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -220,12 +218,21 @@ class BertForQuestionAnswering(nn.Module):
         return start, end
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> BertForQuestionAnswering:
+    def from_pretrained(cls, folder: str | Path,
+                        layers: list[int] | None = None) -> BertForQuestionAnswering:
         """Open a dense, masked or compact model; the span head is random where there is none.
 
+        layers: which of the checkpoint's layers to take, all unless given.
         Raises ValueError or OSError, naming the file and the weight that is missing or misshapen.
         """
         config = BertConfig.read(Path(folder) / "config.json")
+        layers = list(range(config.num_hidden_layers)) if layers is None else layers
+        if not layers or not all(0 <= i < config.num_hidden_layers for i in layers):
+            raise ValueError(f"{folder}: no layers {layers}; it has 0 to "
+                             f"{config.num_hidden_layers - 1}")
+        config = replace(config, num_hidden_layers=len(layers),
+                         heads_per_layer=[config.heads_per_layer[i] for i in layers],
+                         ffn_per_layer=[config.ffn_per_layer[i] for i in layers])
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         if not {"qa_outputs.weight", "qa_outputs.bias"} & set(tensors):
@@ -236,7 +243,7 @@ class BertForQuestionAnswering(nn.Module):
             model = cls(config)
         state = {}
         for name, parameter in model.state_dict().items():
-            theirs = hugging_face_name(name)
+            theirs = hugging_face_name(re.sub(r"\d+", lambda m: str(layers[int(m[0])]), name))
             tensor = tensors.get(theirs)
             if tensor is None:
                 raise ValueError(f"{file}: no weight {theirs!r}; is this BERT's, and whole?")
@@ -247,14 +254,22 @@ class BertForQuestionAnswering(nn.Module):
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path):
-        """Write config.json and model.safetensors in Hugging Face's layout and names."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    def save_pretrained(self, folder: str | Path, source: str | Path | None = None):
+        """Write config.json and model.safetensors in Hugging Face's layout and names.
+
+        source: a folder whose tokenizer is copied, too, so that the new one stands alone.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()}
-        write_safetensors(Path(folder) / "model.safetensors", tensors)
-        partial_path = Path(folder) / "config.json.partial"
-        partial_path.write_text(self.config.to_json(), encoding="utf-8")
-        os.replace(partial_path, Path(folder) / "config.json")
+        write_safetensors(folder / "model.safetensors", tensors)
+        save_json(folder / "config.json", self.config.values())
+        for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if source else ():
+            path = Path(source) / name
+            if not path.exists():
+                (folder / name).unlink(missing_ok=True)                     # an older model's
+            elif path.resolve() != (folder / name).resolve():
+                shutil.copyfile(path, folder / name)
 
 
 # -------------------------------------------------------------------- names: ours -> Hugging Face's
@@ -289,7 +304,25 @@ def canonical_name(theirs: str) -> str:
     return "bert." + name if name.startswith(("embeddings.", "encoder.")) else name
 
 
-# ------------------------------------------------------------------------------------- weight files
+# -------------------------------------------------------------------------------------------- files
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object. Raises ValueError or OSError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object, {{...}}")
+    return value
+
+
+def save_json(path: Path, value):
+    """Write JSON; the file appears whole or not at all."""
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(partial_path, path)
 
 
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

@@ -6,23 +6,33 @@ takes its slope with respect to the block's score S as 1. A score then rises whe
 moves its block away from zero and falls when it moves it towards zero. The best scores stay.
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
-    group.keep(cubic_density(step, 100, 600, final=0.25))      # at every training step
+    group.advance(step, start=100, end=600, density=0.25)      # at every training step
     bake(model)                       # plain nn.Linear layers again, with exact zeros
 
+| method        | kept                                  | what decides about the size          |
+|---------------|---------------------------------------|--------------------------------------|
+| movement      | the best fraction v by score          | v, to the block: `keep(v)`           |
+| magnitude     | the best fraction v by mean |W|       | v, to the block: `keep(v)`           |
+| soft-movement | every block with sigmoid(S) > tau     | lambda * mean(sigmoid(S)) in the     |
+|               |                                       | loss: `keep_above(tau)`, `penalty()` |
+
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3;
-Sanh et al., Movement Pruning, 2020 (arXiv 2005.07683), section 4.
+Sanh et al., Movement Pruning, 2020 (arXiv 2005.07683), sections 3 and 4 (all three methods).
 
 Shapes in comments: a matrix is (out, in); its blocks are r x c; its scores are (R, C), where
 R = ceil(out / r) and C = ceil(in / c), so blocks at the edges may be smaller.
 """
 from __future__ import annotations
 
+from collections.abc import Collection
 from fnmatch import fnmatch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+TAU = 0.1                                       # soft movement pruning's final threshold
 
 
 class BlockMask(nn.Module):
@@ -48,13 +58,19 @@ class BlockMask(nn.Module):
         product = padded.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
         return product.view(R * r, C * c)[:rows, :columns]
 
+    def magnitude(self, weight: Tensor) -> Tensor:
+        """Mean |W| of every block (R, C)."""
+        size = self.block[::-1] if self.transposed else self.block
+        means = F.avg_pool2d(weight.abs()[None], size, ceil_mode=True)[0]
+        return means.T if self.transposed else means
+
 
 class BlockGroup:
     """Linear layers whose blocks are ranked together; masks are attached to `model` at once."""
 
     def __init__(self, model: nn.Module, block: str, rows: list[str], columns: list[str] = (),
-                 unit: int = 1):
-        """Mask the nn.Linear layers whose names match.
+                 unit: int = 1, method: str = "movement"):
+        """Mask the nn.Linear layers whose names match. Raises ValueError.
 
         block    "32x32", "1xall", ...: r outputs by c inputs, `all` for a whole dimension
         rows     name patterns of matrices with r x c blocks (a layer's query, key, value)
@@ -62,7 +78,9 @@ class BlockGroup:
         unit     rows that belong together (a head's size). Where the block is r x all and r a
                  multiple of `unit`, the n-th match of every pattern shares its scores, so that
                  the same rows and columns go; its gradient is the sum over all of them.
+        method   "movement", "soft-movement" or "magnitude", where scores are not learned
         """
+        self.method = method
         linears = {name: module for name, module in model.named_modules()
                    if isinstance(module, nn.Linear) and module.weight.numel()}
         found = [[linears[name] for name in linears if fnmatch(name, pattern)]
@@ -75,6 +93,8 @@ class BlockGroup:
             raise ValueError(f"{block} ties matrices together, but the patterns match "
                              f"{', '.join(str(len(matches)) for matches in found)} layers")
         self.masks: list[list[BlockMask]] = []          # one inner list for every scores parameter
+        self.linears: list[list[nn.Linear]] = []                            # whose weights they are
+        self.weights = 0                                                    # how many in all
         for position, matches in enumerate(found):
             transposed = position >= len(rows)
             for n, linear in enumerate(matches):
@@ -88,8 +108,12 @@ class BlockGroup:
                 else:
                     tied = []
                     self.masks.append(tied)
-                scores = tied[0].scores if tied else nn.Parameter(linear.weight.new_zeros(shape))
+                    self.linears.append([])
+                scores = tied[0].scores if tied else nn.Parameter(
+                    linear.weight.new_zeros(shape), requires_grad=method != "magnitude")
                 tied.append(BlockMask(scores, size, transposed))
+                self.linears[n if tie else -1].append(linear)
+                self.weights += linear.weight.numel()
                 parametrize.register_parametrization(linear, "weight", tied[-1])
 
     @property
@@ -99,17 +123,48 @@ class BlockGroup:
     @torch.no_grad()
     def keep(self, density: float):
         """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index."""
+        if self.method == "magnitude":
+            for tied, linears in zip(self.masks, self.linears):
+                tied[0].scores.copy_(sum(
+                    mask.magnitude(linear.parametrizations.weight.original)
+                    for mask, linear in zip(tied, linears)) / len(tied))
         scores = torch.cat([scores.flatten() for scores in self.scores])
         kept = best(scores, round(density * scores.numel())).split([s.numel() for s in self.scores])
         for tied, part in zip(self.masks, kept):
             for mask in tied:
                 mask.kept.copy_(part.view_as(mask.scores))
 
+    @torch.no_grad()
+    def keep_above(self, tau: float):
+        """Keep the blocks with sigmoid(S) > tau."""
+        for tied in self.masks:
+            for mask in tied:
+                mask.kept.copy_(mask.scores.sigmoid() > tau)
+
+    def penalty(self) -> Tensor:
+        """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
+        return torch.stack([scores.sigmoid().mean() for scores in self.scores]).mean()
+
+    def advance(self, step: int, start: int, end: int, density: float = 1.0,
+                weight: float = 0.0) -> Tensor | float:
+        """Set the masks of this step, on the way from all blocks at `start` to the last at `end`.
+
+        density  what movement and magnitude pruning end with
+        weight   lambda, the final weight of soft movement's penalty
+        Returns what is to be added to the loss: lambda(t) * penalty, or 0.
+        """
+        if self.method != "soft-movement":
+            self.keep(cubic(step, start, end, 1.0, density))
+            return 0.0
+        self.keep_above(cubic(step, start, end, 0.0, TAU))
+        return cubic(step, start, end, 0.0, weight) * self.penalty()
+
     @property
     def density(self) -> float:
         """The fraction of blocks kept."""
         kept = [tied[0].kept for tied in self.masks]
-        return sum(k.sum().item() for k in kept) / sum(k.numel() for k in kept)
+        return torch.stack([k.sum(dtype=torch.double) for k in kept]).sum().item() \
+            / sum(k.numel() for k in kept)
 
 
 def best(scores: Tensor, k: int) -> Tensor:
@@ -122,13 +177,31 @@ def best(scores: Tensor, k: int) -> Tensor:
     return kept
 
 
-def cubic_density(step: int, start: int, end: int, final: float) -> float:
-    """v(t) = v_end + (1 - v_end) * (1 - (t - t0) / (t1 - t0))^3 from `start` t0 to `end` t1."""
+def cubic(step: int, start: int, end: int, first: float, last: float) -> float:
+    """v(t) = v_end + (v_0 - v_end) * (1 - (t - t0) / (t1 - t0))^3, t0 = start, t1 = end.
+
+    The density falls so from 1 to its target; tau and lambda rise so from 0.
+    """
     if step < start:
-        return 1.0
+        return first
     if step >= end:
-        return final
-    return final + (1 - final) * (1 - (step - start) / (end - start)) ** 3
+        return last
+    return last + (first - last) * (1 - (step - start) / (end - start)) ** 3
+
+
+def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list[dict]:
+    """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate."""
+    named = dict(model.named_parameters())
+    scores = [named.pop(name) for name in [*named] if name.endswith(".scores")]
+    return [{"params": [p for p in named.values() if p.ndim > 1], "lr": lr, "weight_decay": 0.01},
+            {"params": [p for p in named.values() if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            {"params": scores, "lr": score_lr, "weight_decay": 0.0}]
+
+
+def overall_density(groups: Collection[BlockGroup]) -> float:
+    """The fraction of weights kept (of blocks, where those at the edges are smaller)."""
+    total = sum(group.weights for group in groups)
+    return sum(group.density * group.weights for group in groups) / total if total else 1.0
 
 
 def bake(model: nn.Module):

@@ -42,6 +42,7 @@ from model import (
     canonical_name,
     hugging_face_name,
     read_safetensors,
+    save_json,
     write_safetensors,
 )
 
@@ -209,7 +210,7 @@ def test_all_spellings_of_a_checkpoint_load(tmp_path):
     for number, tensors in enumerate((old, bare, heads)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / "config.json").write_text(model.config.to_json())
+        save_json(folder / "config.json", model.config.values())
         torch.save(tensors, folder / "pytorch_model.bin")
         loaded = BertForQuestionAnswering.from_pretrained(folder)  # the .bin file
         assert largest(model.state_dict().values(), loaded.state_dict().values()) == 0
@@ -312,7 +313,7 @@ def test_broken_safetensors_are_refused(tmp_path):
 
 
 def test_configurations_that_make_no_sense_are_refused(tmp_path):
-    good = json.loads(small_config().to_json())
+    good = small_config().values()
     for change in (
         {"hidden_size": "48"},
         {"hidden_size": 50},
@@ -393,7 +394,7 @@ def test_the_kept_fraction_is_the_target_at_every_step():
         prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"]),
     ]
     for step in range(120):  # it runs on after the schedule's end
-        v = prune.cubic_density(step, 10, 80, 0.23)
+        v = prune.cubic(step, 10, 80, 1.0, 0.23)
         for group in groups:
             for scores in group.scores:
                 scores.data += torch.randn_like(scores) * 0.1
@@ -426,8 +427,10 @@ def test_ties_are_broken_by_index():
 
 
 def test_the_schedule_is_cubic():
-    assert [prune.cubic_density(t, 4, 8, 0.2) for t in (0, 3, 4, 8, 99)] == [1, 1, 1, 0.2, 0.2]
-    assert math.isclose(prune.cubic_density(6, 4, 8, 0.2), 0.2 + 0.8 * 0.5**3)
+    assert [prune.cubic(t, 4, 8, 1, 0.2) for t in (0, 3, 4, 8, 99)] == [1, 1, 1, 0.2, 0.2]
+    assert math.isclose(prune.cubic(6, 4, 8, 1, 0.2), 0.2 + 0.8 * 0.5**3)
+    assert math.isclose(prune.cubic(6, 4, 8, 0, 0.1), 0.1 * (1 - 0.5**3))
+    assert [prune.cubic(t, 5, 5, 0, 0.1) for t in (4, 5, 6)] == [0, 0.1, 0.1]
 
 
 def test_an_ffn_dimension_lives_or_dies_whole_and_can_come_back():
@@ -491,6 +494,84 @@ def test_bake_leaves_plain_layers_with_zeros():
     assert prune.densities(model, "layers.0.attention.key") == {
         "layers.0.attention.key": (2304, 2304)
     }
+
+
+def test_magnitude_is_the_mean_of_absolute_weights():
+    for block in ("1x1", "5x7", "3x4", "1xall", "allx2", "64x64"):
+        model = masked_model(num_hidden_layers=1)
+        weight = model.layers[0].ffn.first.weight.detach().clone()  # (80, 48)
+        second = model.layers[0].ffn.second.weight.detach().clone()  # (48, 80)
+        group = prune.BlockGroup(model, block, ["*.first"], ["*.second"], method="magnitude")
+        group.keep(0.5)
+        r, c = (min(a or b, b) for a, b in zip(prune.parse_block(block), weight.shape))
+        means = [
+            [weight.abs()[i : i + r, j : j + c].mean() for j in range(0, 48, c)]
+            for i in range(0, 80, r)
+        ]
+        others = [
+            [second.abs()[j : j + c, i : i + r].mean() for j in range(0, 48, c)]
+            for i in range(0, 80, r)
+        ]
+        means, others = torch.tensor(means), torch.tensor(others)
+        if block == "1xall":  # shared by row and column
+            means, others = (means + others) / 2, means[:0]
+        expected = torch.cat([means.flatten(), others.flatten()])
+        scores = torch.cat([scores.flatten() for scores in group.scores])
+        assert torch.allclose(scores, expected, rtol=1e-5, atol=0), block
+        kept = torch.cat([tied[0].kept.flatten() for tied in group.masks])
+        assert torch.equal(kept == 1, prune.best(expected, round(0.5 * len(expected))))
+        model(*padded_inputs(1000))[0].sum().backward()  # nothing to learn but weights
+        assert all(scores.grad is None for scores in group.scores)
+        original = model.layers[0].ffn.first.parametrizations.weight.original
+        assert original.grad[model.layers[0].ffn.first.weight == 0].abs().sum() == 0
+
+
+def test_soft_movement_keeps_what_is_above_the_threshold():
+    torch.manual_seed(0)
+    model = masked_model(num_hidden_layers=2)
+    names = ["*.query", "*.key", "*.value"]
+    group = prune.BlockGroup(model, "12x9", names, ["*.attention.output"], method="soft-movement")
+    assert group.advance(3, 10, 80, weight=5.0) == 0 and group.density == 1  # v = 1 until then
+    for scores in group.scores:
+        scores.data = torch.randn_like(scores) * 4
+    expected = 0.0
+    for name, module in model.named_modules():
+        if name.endswith(("query", "key", "value", "attention.output")):
+            (mask,) = module.parametrizations.weight
+            sigmoid = 1 / (1 + torch.exp(-mask.scores))
+            expected += sigmoid.mean() / 8
+    for step, tau in ((80, 0.1), (45, 0.1 * (1 - 0.5**3)), (1000, 0.1)):
+        penalty = group.advance(step, 10, 80, weight=5.0)
+        for tied in group.masks:
+            scores = tied[0].scores
+            assert torch.equal(tied[0].kept == 1, torch.exp(-scores) < 1 / tau - 1)
+        assert 0.2 < group.density < 0.9
+        assert math.isclose(penalty.item(), 5.0 * tau / 0.1 * expected.item(), rel_tol=1e-5)
+    # The gradient of the loss reaches S as it is, that of the penalty through the sigmoid.
+    linear, tied = model.layers[0].attention.query, group.masks[0]
+    x = torch.randn(3, 48)
+    linear(x).pow(2).sum().backward()
+    used = linear.weight.detach().requires_grad_()
+    F.linear(x, used, linear.bias).pow(2).sum().backward()
+    original = linear.parametrizations.weight.original.detach()
+    blocks = F.pad(used.grad * original, (0, 6)).view(4, 12, 6, 9).sum((1, 3))
+    scores = tied[0].scores
+    assert torch.allclose(scores.grad, blocks, rtol=1e-4, atol=1e-4)
+    (slope,) = torch.autograd.grad(penalty, scores)
+    s = torch.sigmoid(scores)
+    assert torch.allclose(slope, 5.0 * s * (1 - s) / scores.numel() / 8, rtol=1e-4)
+
+
+def test_optimizer_groups_hold_every_parameter_once():
+    model = masked_model()
+    group = prune.BlockGroup(model, "1xall", ["*.ffn.first"], ["*.ffn.second"])
+    matrices, vectors, scores = prune.parameter_groups(model, 1e-3, 1e-2)
+    assert [g["lr"] for g in (matrices, vectors, scores)] == [1e-3, 1e-3, 1e-2]
+    assert vectors["weight_decay"] == scores["weight_decay"] == 0 < matrices["weight_decay"]
+    assert {id(p) for p in scores["params"]} == {id(p) for p in group.scores}
+    assert {p.ndim for p in vectors["params"]} == {1} and {p.ndim for p in matrices["params"]} == {2}
+    every = [id(p) for g in (matrices, vectors, scores) for p in g["params"]]
+    assert sorted(every) == sorted({id(p) for p in model.parameters()})
 
 
 def test_blocks_and_names_that_make_no_sense_are_refused():
@@ -581,10 +662,11 @@ def test_batches_hold_every_window_once_and_little_padding(tmp_path):
     batch = train.collate([windows[i] for i in epochs[0][0]], pad=0)
     for row, i in enumerate(epochs[0][0]):
         window, n = windows[i], len(windows[i].ids)
-        assert batch["input_ids"][row].tolist()[:n] == window.ids.tolist()
-        assert batch["attention_mask"][row].sum() == n
+        ids, mask, segments = (tensor[row] for tensor in batch["inputs"])
+        assert ids.tolist()[:n] == window.ids.tolist()
+        assert mask.sum() == batch["mask"][row].sum() == n
         assert batch["context"][row].sum() == n - window.first - 1 == len(window.offsets)
-        assert batch["token_type_ids"][row].sum() == n - window.first
+        assert segments.sum() == n - window.first and segments[: window.first].sum() == 0
 
 
 def test_best_spans_equal_brute_force():
@@ -612,11 +694,119 @@ def test_the_metric_is_squads():
         result = squad.score({"q": case["prediction"]}, [question])
         assert math.isclose(result["exact_match"], case["exact_match"]), case
         assert math.isclose(result["f1"], case["f1"]), case
+    questions, predictions = [], {}
+    for case in REFERENCE["metric_v2"]:
+        id_ = str(len(questions))
+        questions.append(squad.Question(id_, "?", "", case["answers"], None, v2=True))
+        predictions[id_] = case["prediction"]
+        result = squad.score(predictions, questions[-1:])
+        assert all(math.isclose(result[name], case[name]) for name in ("exact", "f1")), case
+    result = squad.score(predictions, questions)
+    assert result.pop("exact_match") == result["exact"]
+    assert result.keys() == REFERENCE["metric_v2_all"].keys()
+    assert all(math.isclose(result[k], v) for k, v in REFERENCE["metric_v2_all"].items())
     other = squad.Question("unanswered", "?", "", ["x"], None)
     assert squad.score({"q": "x"}, [squad.Question("q", "?", "", ["x"], None), other]) == {
         "exact_match": 50.0,
         "f1": 50.0,
     }
+
+
+class Fixed(nn.Module):
+    """A model whose logits stand in a table of (window length, start and end logits)."""
+
+    def __init__(self, table: dict[int, tuple[list[float], list[float]]]):
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids, mask, segments):
+        rows = [self.table[int(n)] for n in mask.sum(1)]
+        logits = torch.full((2, *ids.shape), -50.0)
+        for i, row in enumerate(rows):
+            for which in (0, 1):
+                logits[which, i, : len(row[which])] = torch.tensor(row[which])
+        return logits.unbind(0)
+
+
+def test_no_answer_is_predicted_by_the_null_score(tmp_path):
+    tokenizer = squad.load_tokenizer(checkpoint(tmp_path))
+    context = "Adam is a cook. Anna a nurse."  # 9 tokens
+    question = squad.Question("q", "Which ?", context, ["Adam"], (0, 4), v2=True)
+    # [CLS] which ? [SEP] adam is a cook . anna a nurse . [SEP]; then two windows of 6 tokens and 5
+    whole = {14: ([1.0, 0, 0, 0, 3.0], [2.0, 0, 0, 0, 0.5])}  # null 3.0, span "Adam" 3.5
+    parts = {
+        11: ([4.0, 0, 0, 0, 3.0], [4.0, 0, 0, 0, 0.5]),  # null 8.0, span 3.5
+        10: ([1.0, 0, 0, 0, 2.0], [0.5, 0, 0, 0, 0.5]),  # null 1.5, span 2.5
+    }
+    for table, length, stride, threshold, expected in (
+        (whole, 14, 0, 0.0, "Adam"),
+        (whole, 14, 0, -0.4, "Adam"),
+        (whole, 14, 0, -0.6, ""),
+        (parts, 11, 2, 0.0, "Adam"),  # the least null score of all windows: 1.5 - 3.5
+        (parts, 11, 2, -1.9, "Adam"),
+        (parts, 11, 2, -2.1, ""),
+    ):
+        found = train.predict(
+            Fixed(table), tokenizer, [question], length, stride, null_threshold=threshold
+        )
+        assert found == {"q": expected}, (length, threshold)
+    question.v2 = False  # v1.1 has an answer to everything
+    assert train.predict(Fixed(whole), tokenizer, [question], 14, 0, null_threshold=-9.0) == {
+        "q": "Adam"
+    }
+
+
+def squad_v2(path: Path, version="v2.0") -> dict:
+    """Half of the questions lose their answer; returns the file's content."""
+    value = json.loads(path.read_text())
+    entries = [entry for part in value["data"][0]["paragraphs"] for entry in part["qas"]]
+    for entry in entries[::2]:
+        entry["plausible_answers"], entry["answers"] = entry["answers"], []
+    for entry in entries:
+        entry["is_impossible"] = not entry["answers"]
+    path.write_text(json.dumps({**value, "version": version}))
+    return value
+
+
+def test_version_2_is_read_from_the_file_and_trained_on(tmp_path):
+    tokenizer = squad.load_tokenizer(checkpoint(tmp_path / "model"))
+    for version, v2 in (("v2.0", True), ("2.0", True), ("1.1", False), (None, False)):
+        path = squad_file(tmp_path / "x.json", "train", 6)
+        squad_v2(path, version)
+        questions = squad.read_squad(path)
+        assert {question.v2 for question in questions} == {v2}
+        windows = squad.make_windows(questions, tokenizer, 100, 20)
+        for window in windows:
+            has = bool(questions[window.question].answers)
+            assert (window.start, window.end) == (0, 0) or has
+        assert 0 < sum(window.end > 0 for window in windows) < len(windows)
+    # The whole program: the dev file's unanswerable questions are scored as such.
+    run_train(tmp_path, "--epochs", 0)
+    for name in ("train.json", "dev.json"):
+        squad_v2(tmp_path / name)
+    data = ["--train", tmp_path / "train.json", "--dev", tmp_path / "dev.json"]
+    scores = {}
+    for threshold in (-1e9, 0.0, 1e9):
+        scores[threshold] = evaluate(
+            tmp_path / "out/dense", *data[2:], "--null-threshold", threshold, "--max-length", 100
+        )
+    assert scores[-1e9]["NoAns_exact"] == 100 and scores[-1e9]["HasAns_f1"] == 0
+    assert scores[1e9]["NoAns_exact"] == 0 < scores[1e9]["HasAns_f1"]
+    for row in scores.values():
+        parts = [row[f"{kind}_f1"] * row[f"{kind}_total"] for kind in ("HasAns", "NoAns")]
+        assert math.isclose(row["f1"] * row["total"], sum(parts))
+        assert row["exact_match"] == row["exact"]
+    # run_train makes v1.1 files, so call the program itself.
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(
+            [str(x) for x in (*TINY, "--model", tmp_path / "model", *data, "--out", tmp_path / "v2")]
+        )
+    summary = json.loads((tmp_path / "v2/summary.json").read_text())
+    predictions = json.loads((tmp_path / "v2/predictions.json").read_text())
+    assert summary["compact"] == squad.score(
+        predictions, squad.read_squad(tmp_path / "dev.json")
+    )
+    assert summary["compact"]["NoAns_total"] and "" in predictions.values()
 
 
 def test_the_loss_is_its_formula_and_blind_to_padding():
@@ -632,7 +822,7 @@ def test_the_loss_is_its_formula_and_blind_to_padding():
             kl = (p * (torch.log(p) - torch.log(q))).sum()
             expected[a] += (1 - a) * cross_entropy / 2 + a * 4 * kl / 2
     for padding in (0, 4):
-        batch = {**target, "attention_mask": F.pad(torch.ones(1, 7), (0, padding)).bool()}
+        batch = {**target, "mask": F.pad(torch.ones(1, 7), (0, padding)).bool()}
         batch["teacher_start"], batch["teacher_end"] = F.pad(teacher, (0, padding), value=-1e4)
         z = F.pad(logits, (0, padding), value=3.0).requires_grad_()
         for a in (0.0, 0.9):
@@ -753,43 +943,32 @@ def test_the_generated_corpus_needs_question_and_paragraph():
     assert not phrases["train"] & phrases["pretrain"]
 
 
+TINY = (
+    *("--dense-epochs", 1, "--epochs", 3, "--lr", 1e-3, "--batch-size", 4),
+    *("--max-length", 100, "--stride", 20, "--block", "12x12"),
+)
+
+
 def run_train(tmp_path: Path, *arguments, out="out") -> tuple[dict, str]:
     """A tiny run of the whole program; summary and standard output."""
     model = checkpoint(tmp_path / "model")
     train_file = squad_file(tmp_path / "train.json", "train", 12)
     dev_file = squad_file(tmp_path / "dev.json", "dev", 4)
+    files = ("--model", model, "--train", train_file, "--dev", dev_file, "--out", tmp_path / out)
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        train.main(
-            [
-                str(a)
-                for a in (
-                    "--model",
-                    model,
-                    "--train",
-                    train_file,
-                    "--dev",
-                    dev_file,
-                    "--out",
-                    tmp_path / out,
-                    "--dense-epochs",
-                    1,
-                    "--epochs",
-                    3,
-                    "--lr",
-                    1e-3,
-                    "--batch-size",
-                    4,
-                    "--max-length",
-                    100,
-                    "--stride",
-                    20,
-                    "--block",
-                    "12x12",
-                    *arguments,
-                )
-            ]
-        )
+        train.main([str(a) for a in (*TINY, *files, *arguments)])
     return json.loads((tmp_path / out / "summary.json").read_text()), stdout.getvalue()
+
+
+def evaluate(*arguments) -> dict:
+    """What `--eval` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        train.main(["--eval", *map(str, arguments), "--stride", "20"])
+    return json.loads(stdout.getvalue())
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_the_whole_run(tmp_path):
@@ -814,30 +993,15 @@ def test_the_whole_run(tmp_path):
     assert 0 <= summary["largest_logit_difference"] < 1e-3
     for name in ("dense", "masked", "compact"):
         row = summary["pruned" if name == "masked" else name]
-        with contextlib.redirect_stdout(io.StringIO()) as stdout:
-            train.main(
-                [
-                    "--eval",
-                    str(tmp_path / "out" / name),
-                    "--dev",
-                    str(tmp_path / "dev.json"),
-                    "--max-length",
-                    "100",
-                    "--stride",
-                    "20",
-                ]
-            )
-        assert json.loads(stdout.getvalue()) == row
+        folder = tmp_path / "out" / name
+        assert evaluate(folder, "--dev", tmp_path / "dev.json", "--max-length", 100) == row
     predictions = json.loads((tmp_path / "out/predictions.json").read_text())
     dev = squad.read_squad(tmp_path / "dev.json")
     assert [*predictions] == [q.id for q in dev] and all(predictions.values())
     assert all(predictions[question.id] in question.context for question in dev)
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        train.main(
-            ["--eval", str(tmp_path / "out/predictions.json"), "--dev", str(tmp_path / "dev.json")]
-        )
-    assert json.loads(stdout.getvalue()) == summary["compact"]
-    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    file = tmp_path / "out/predictions.json"
+    assert evaluate(file, "--dev", tmp_path / "dev.json") == summary["compact"]
+    lines = log_of(tmp_path / "out")
     epoch = math.ceil(len(squad.read_squad(tmp_path / "train.json")) / 4)
     assert [line["stage"] for line in lines] == ["dense"] * epoch + ["prune"] * 3 * epoch
     densities = [line["density"] for line in lines[epoch:]]
@@ -850,8 +1014,7 @@ def test_the_whole_run(tmp_path):
     again, _ = run_train(tmp_path)
     speeds = summary.pop("speedup"), again.pop("speedup")
     assert again == summary and min(speeds) > 0
-    repeated = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert repeated == lines
+    assert log_of(tmp_path / "out") == lines
 
 
 def test_training_starts_from_a_saved_dense_model_too(tmp_path):
@@ -873,6 +1036,241 @@ def test_dense_fine_tuning_alone(tmp_path):
     assert summary["density"] == summary["compact_density"] == 1
     assert summary["dense"] == summary["compact"]
     assert not (tmp_path / "out/compact/tokenizer.json").exists()
+
+
+def blocks_of(weight: torch.Tensor, r: int, c: int) -> torch.Tensor:
+    """Which r x c blocks are not all zero, and proof that none is zero in part: (R, C)."""
+    alive = weight != 0
+    share = F.avg_pool2d(alive[None].float(), (r, c), ceil_mode=True)[0]
+    assert ((share == 0) | (share > 0.99)).all()  # a trained weight may be 0 by chance: never seen
+    return share > 0
+
+
+def test_every_method_and_pattern_reaches_its_density_and_is_deleted(tmp_path):
+    """48 wide, heads of 12, 80 FFN dimensions, 3 layers; the patterns of the README's table."""
+    patterns = {
+        "unstructured": ("1x1", "1x1"),
+        "block": ("12x12", "12x12"),
+        "hybrid": ("12x12", "1xall"),
+        "structured": ("12xall", "1xall"),
+    }
+    penalties = {"unstructured": (100, 100), "block": (30, 30), "hybrid": (30, 30)}
+    penalties["structured"] = (3, 30)  # in proportion to the number of blocks
+    sizes = {}
+    for method, (pattern, (block, ffn_block)) in itertools.product(
+        ("movement", "magnitude", "soft-movement"), patterns.items()
+    ):
+        flags = ["--method", method, "--block", block, "--ffn-block", ffn_block, "--epochs", 2]
+        flags += ["--density", 0.25, "--score-lr", 0.3, "--lambda", *penalties[pattern]]
+        flags += ["--model", tmp_path / "out/dense", "--dense-epochs", 0] if sizes else []
+        summary, _ = run_train(tmp_path, *flags, out="pruned" if sizes else "out")
+        folder = tmp_path / ("pruned" if sizes else "out")
+        masked = BertForQuestionAnswering.from_pretrained(folder / "masked")
+        small = BertForQuestionAnswering.from_pretrained(folder / "compact")
+        kept = {"attention": [0, 0], "ffn": [0, 0]}
+        for layer, heads, dimensions in zip(
+            masked.layers, small.config.heads_per_layer, small.config.ffn_per_layer
+        ):
+            a, f = layer.attention, layer.ffn
+            weights = [a.query.weight, a.key.weight, a.value.weight, a.output.weight.T]
+            r, c = (int(x.replace("all", "48")) for x in block.split("x"))
+            grids = [blocks_of(weight, r, c) for weight in weights]
+            if pattern == "structured":
+                assert all(torch.equal(grids[0], grid) for grid in grids)
+            kept["attention"][0] += sum(int(grid.sum()) for grid in grids)
+            kept["attention"][1] += sum(grid.numel() for grid in grids)
+            r, c = (int(x.replace("all", "48")) for x in ffn_block.split("x"))
+            grids = [blocks_of(w, r, c) for w in (f.first.weight, f.second.weight.T)]
+            if ffn_block == "1xall":
+                assert torch.equal(*grids)
+            kept["ffn"][0] += sum(int(grid.sum()) for grid in grids)
+            kept["ffn"][1] += sum(grid.numel() for grid in grids)
+            # What must go, in plain loops.
+            dead = 0
+            for head in range(4):
+                lanes = range(12 * head, 12 * head + 12)
+                dead += all(
+                    not a.value.weight[d].any() or not a.output.weight[:, d].any() for d in lanes
+                )
+            assert heads == 4 - dead
+            units = [f.first.weight[d].any() and f.second.weight[:, d].any() for d in range(80)]
+            assert dimensions == sum(map(bool, units))
+        label = f"{method} {pattern}"
+        if method == "soft-movement":
+            assert all(0 < n < total for n, total in kept.values()), (label, kept)
+        else:
+            assert all(n == total / 4 for n, total in kept.values()), (label, kept)
+            assert abs(summary["density"] - 0.25) < 0.01, label
+        assert abs(log_of(folder)[-1]["density"] - summary["density"]) < 0.01, label
+        assert summary["pruned"] == summary["compact"], label
+        assert summary["density"] <= summary["compact_density"] + 1e-9, label
+        sizes[label] = summary["compact_density"]
+    for method in ("movement", "magnitude"):  # the same density, ever more of it deleted
+        assert sizes[f"{method} structured"] <= sizes[f"{method} hybrid"]
+        assert sizes[f"{method} hybrid"] < sizes[f"{method} unstructured"]
+        assert abs(sizes[f"{method} structured"] - 0.25) < 0.01
+
+
+def test_lambda_rules_the_size_of_soft_movement(tmp_path):
+    run_train(tmp_path, "--epochs", 0)
+    start = ["--model", tmp_path / "out/dense", "--dense-epochs", 0, "--score-lr", 0.2]
+    density = []
+    for weight in ([0], [300], [30000], [300, 30000]):
+        summary, _ = run_train(
+            tmp_path, *start, "--method", "soft-movement", "--lambda", *weight, out="soft"
+        )
+        density.append((summary["density"], summary["ffn_kept"]))
+    assert density[0][0] > density[1][0] > density[2][0]
+    assert density[3][1] < density[1][1] and density[3][0] > density[2][0]
+
+
+def test_filling_trains_all_weights_of_what_is_left(tmp_path):
+    flags = ["--model", tmp_path / "out/dense", "--dense-epochs", 0, "--block", "6x6"]
+    run_train(tmp_path, "--epochs", 0)
+    plain, _ = run_train(tmp_path, *flags, out="plain")
+    filled, _ = run_train(tmp_path, *flags, "--fill-epochs", 2, out="filled")
+    a, b = (
+        read_safetensors(tmp_path / name / "masked/model.safetensors")
+        for name in ("plain", "filled")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)  # the same until then
+    before, after = (
+        BertForQuestionAnswering.from_pretrained(tmp_path / name / "compact")
+        for name in ("plain", "filled")
+    )
+    assert before.config == after.config and plain["compact_density"] == filled["compact_density"]
+    total = compact.linear_weights(before.layers)
+    assert compact.nonzero_weights(before.layers) < 0.9 * total
+    assert compact.nonzero_weights(after.layers) > 0.99 * total
+    assert plain["pruned"] == filled["pruned"] == plain["compact"]
+    assert filled["largest_logit_difference"] == plain["largest_logit_difference"]
+    log = log_of(tmp_path / "filled")
+    epoch = len(log) // 5
+    assert [line["stage"] for line in log] == ["prune"] * 3 * epoch + ["fill"] * 2 * epoch
+    # It starts from the baked model, not from what the masks hid: with hardly any step, no change.
+    slow = ["--lr", "1e-9", "--warmup", 0, "--cooldown", epoch]
+    run_train(tmp_path, *flags, *slow, "--epochs", 1, "--fill-epochs", 1, out="slow")
+    masked, small = (
+        BertForQuestionAnswering.from_pretrained(tmp_path / "slow" / name)
+        for name in ("masked", "compact")
+    )
+    assert compact.largest_difference(masked, small, [padded_inputs(1000)]) < 1e-3
+
+
+def test_warmup_and_cooldown_are_steps(tmp_path):
+    run_train(tmp_path, "--dense-epochs", 0, "--warmup", 7, "--cooldown", 11)
+    densities = [line["density"] for line in log_of(tmp_path / "out")]
+    assert densities[:8] == [1.0] * 8 and densities[8] < 1  # step 7 is the curve's first, still 1
+    assert set(densities[-11:]) == {0.25}
+    begin, end = 7, len(densities) - 11
+    for step in range(begin, end):
+        v = 0.25 + 0.75 * (1 - (step - begin) / (end - begin)) ** 3
+        assert abs(densities[step] - v) < 0.01
+
+
+def test_layers_of_a_checkpoint(tmp_path):
+    folder = checkpoint(tmp_path / "model")
+    whole = BertForQuestionAnswering.from_pretrained(folder)
+    some = BertForQuestionAnswering.from_pretrained(folder, layers=[0, 2])
+    assert some.config.num_hidden_layers == 2 and some.config.heads_per_layer == [4, 4]
+    for i, j in ((0, 0), (1, 2)):
+        pairs = zip(whole.layers[j].state_dict().values(), some.layers[i].state_dict().values())
+        assert all(torch.equal(a, b) for a, b in pairs)
+    del whole.layers[1]
+    inputs = padded_inputs(1000)
+    assert largest(whole(*inputs), some(*inputs)) == 0
+    for layers in ([3], [0, -1], []):
+        assert "0 to 2" in error_of(
+            partial(BertForQuestionAnswering.from_pretrained, folder, layers)
+        )
+    # The distilled baseline: the whole model teaches a part of it.
+    distilled = ["--layers", "0,2", "--teacher", folder, "--density", 1, "--dense-epochs", 0]
+    summary, _ = run_train(tmp_path, *distilled)
+    assert summary["density"] == summary["compact_density"] == 1 and summary["heads_total"] == 8
+    saved = BertForQuestionAnswering.from_pretrained(tmp_path / "out/compact")
+    assert len(saved.layers) == 2
+    losses = [line["loss"] for line in log_of(tmp_path / "out")]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+PARALLEL = """
+import sys, torch, train
+from torch.distributed import get_rank
+bake = train.prune.bake
+def dump(model):  # every process writes its masks before they are baked
+    masks = {name: buffer for name, buffer in model.named_buffers() if name.endswith("kept")}
+    torch.save(masks, f"{sys.argv[1]}/masks{get_rank()}.pt")
+    bake(model)
+train.prune.bake = dump
+train.main(sys.argv[2:])
+"""
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """torchrun on CPU: the global batch is the same, so are the losses; masks agree on each rank.
+
+    The last batch holds one window: shares that differ in size, or are empty, count as such.
+    """
+    run_train(tmp_path, "--epochs", 0)
+    questions = squad.read_squad(tmp_path / "train.json")
+    tokenizer = squad.load_tokenizer(tmp_path / "model")
+    count = len(squad.make_windows(questions, tokenizer, 100, 20))
+    size = next(n for n in range(3, count) if count % n == 1)
+    flags = ["--batch-size", size, "--epochs", 2, "--block", "6x6", "--seed", 2]
+    flags += ["--fill-epochs", 1]
+    single, _ = run_train(tmp_path, *flags, out="single")
+    files = ["--train", tmp_path / "train.json", "--dev", tmp_path / "dev.json"]
+    script = tmp_path / "parallel.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + PARALLEL)
+    result = command(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(script, tmp_path, *TINY, "--model", tmp_path / "model", *files, *flags),
+        *("--out", tmp_path / "double"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("pruned: EM") == 1  # one process speaks
+    one, two = log_of(tmp_path / "single"), log_of(tmp_path / "double")
+    assert len(one) == len(two) and {line["stage"] for line in two} == {"dense", "prune", "fill"}
+    for a, b in zip(one, two):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-3, abs_tol=1e-4), (a, b)
+        assert a["density"] == b["density"] and a["lr"] == b["lr"]
+    masks = [torch.load(tmp_path / f"masks{rank}.pt") for rank in (0, 1)]
+    assert masks[0].keys() == masks[1].keys() and len(masks[0]) == 3 * 6
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    double = json.loads((tmp_path / "double/summary.json").read_text())
+    assert double["density"] == single["density"]
+
+
+def test_amp_computes_in_bfloat16(tmp_path):
+    """On a CPU here; the flag is meant for CUDA, where it is faster."""
+    run_train(tmp_path, "--epochs", 0)
+    run_train(tmp_path, "--epochs", 0, "--amp", out="amp")
+    exact, rough = log_of(tmp_path / "out"), log_of(tmp_path / "amp")
+    assert exact[0]["loss"] != rough[0]["loss"]
+    assert all(math.isclose(a["loss"], b["loss"], rel_tol=0.1) for a, b in zip(exact, rough[:5]))
+    weights = read_safetensors(tmp_path / "amp/dense/model.safetensors").values()
+    assert {tensor.dtype for tensor in weights} == {torch.float32}
+
+
+def test_runs_are_compared(tmp_path):
+    run_train(tmp_path)
+    run_train(tmp_path, "--density", 0.5, out="half")
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        compact.main(
+            [str(tmp_path / "out/dense"), "--runs", str(tmp_path / "out"), str(tmp_path / "half")]
+            + ["--dev", str(tmp_path / "dev.json")]
+        )
+    lines = stdout.getvalue().splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1  # aligned
+    for line, name in zip(lines[1:], ("out", "half")):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        folder, f1, density, size, heads, means, ffn, speed = line.split()
+        assert folder == str(tmp_path / name) and f1 == f"{summary['compact']['f1']:.2f}"
+        assert (int(heads), int(means), int(ffn)) == tuple(
+            summary[k] for k in ("heads_kept", "heads_mean", "ffn_kept")
+        )
+        assert density == f"{summary['density']:.3f}" and speed.endswith("x")
+        assert size == f"{summary['compact_density']:.3f}"
 
 
 def test_a_model_learns(tmp_path):
@@ -978,6 +1376,27 @@ def test_empty_sublayers_multiply_no_matrix():
             module.register_forward_hook(lambda *_: called.append(1))
     small(*padded_inputs(model.config.vocab_size))
     assert not called
+
+
+def test_heads_that_are_means_are_counted():
+    model = masked_model()
+    a = [layer.attention for layer in model.layers]
+    zeroed(
+        model,
+        rows=[
+            (a[0].query, slice(0, 12)),
+            (a[0].key, slice(0, 24)),
+            (a[1].key, slice(24, 36)),
+            (a[2].value, slice(None)),
+        ],
+    )
+    small = compact.compact(model)
+    assert compact.mean_heads(model) == compact.mean_heads(small) == 3
+    x = torch.randn(1, 7, 48)  # such a head's output is the same for every query
+    with torch.no_grad():
+        zeroed(model, columns=[(a[0].output, slice(24, 48))])
+        out = a[0](x, None)
+    assert (out - out[:, :1]).abs().max() < 1e-5
 
 
 def test_layer_functions_stand_alone(tmp_path):

@@ -1,13 +1,14 @@
 """Fine-tune a BERT on SQuAD, learn which blocks of its weights can go, and delete them.
 
-One idea: pruning is fine-tuning with a schedule. The run has four stages, each a few lines of
+One idea: pruning is fine-tuning with a schedule. The run has five stages, each a few lines of
 `main`: dense fine-tuning, fine-pruning with the dense model as teacher, making the zeros permanent,
-and deletion.
+deletion, and filling (on request): training on what is left.
 
     python train.py --block 32x32                                    # offline, a few minutes
     python train.py --block 32x32 --model data/bert-base-uncased \\
         --train data/train-v1.1.json --dev data/dev-v1.1.json
     python train.py --eval out/compact --dev data/dev-v1.1.json      # EM and F1 of a saved model
+    torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
 Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
@@ -21,17 +22,19 @@ import json
 import math
 import os
 import random
-import shutil
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -39,33 +42,34 @@ import compact
 import prune
 from data import generate, squad
 from data.squad import Question, Window
-from model import BertForQuestionAnswering
+from model import BertForQuestionAnswering, save_json
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, LOCAL, WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))                          # set by torchrun
+DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 2.0                                                             # of distillation, T
+QUIET = True if RANK else None                                      # bars on a terminal, from one
 # Other defaults for the generated corpus, which is what runs without --model and --train.
 OFFLINE = dict(model=str(Path(__file__).parent / "data/tiny-bert"), dense_epochs=2, epochs=5,
-               batch_size=32, lr=1e-3, dropout=0.0)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show every default but None."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+               batch_size=32, lr=1e-3, dropout=0.0, offline=True)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=Help,
+        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Without --model and --train, a tiny BERT learns a generated corpus, with defaults "
         + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in OFFLINE.items()
-                    if name != "model"))
+                    if name not in ("model", "offline")))
     parser.error = fail
     add = parser.add_argument
     add("--block", default="32x32", help="blocks of the attention matrices, ROWSxCOLUMNS or all")
     add("--ffn-block", default="1xall", help="blocks of the FFN matrices")
+    add("--method", default="movement", choices=("movement", "soft-movement", "magnitude"),
+        help="keep the best blocks by score, those above a threshold, or the largest")
     add("--density", type=float, default=0.25, help="fraction of the encoder's weights to keep")
+    add("--lambda", dest="penalty", type=float, nargs="+", default=[10.0], metavar="WEIGHT",
+        help="soft movement's penalty, which rules its density: one for all, or attention and FFN")
     add("--model", help="checkpoint's folder (default: the tiny BERT's)")
     add("--train", help="SQuAD's JSON to train on (default: the generated corpus)")
     add("--dev", help="SQuAD's JSON to evaluate on (default: likewise)")
@@ -74,6 +78,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--eval", metavar="PATH", help="evaluate a saved model's folder or a predictions.json")
     add("--dense-epochs", type=int, default=2, help="epochs of fine-tuning before pruning")
     add("--epochs", type=int, default=20, help="epochs of fine-pruning")
+    add("--fill-epochs", type=int, default=0, help="epochs on the compact model, zeros set free")
+    add("--warmup", type=int, help="steps before pruning begins (default: 5%% of them)")
+    add("--cooldown", type=int, help="steps at the final density (default: 40%% of them)")
+    add("--layers", help="take only these layers of the checkpoint, as in 0,2,4")
     add("--batch-size", type=int, default=16, help="windows in a training step")
     add("--lr", type=float, default=3e-5, help="learning rate of the weights")
     add("--score-lr", type=float, default=1e-2, help="learning rate of the scores")
@@ -82,13 +90,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--dropout", type=float, help="dropout in training (default: the checkpoint's)")
     add("--teacher", metavar="FOLDER", help="model to distill from (default: the dense one)")
     add("--distill", type=float, default=0.9, help="weight of the teacher in the loss, 0 for none")
+    add("--null-threshold", type=float, default=0.0,
+        help="SQuAD v2.0: no answer where [CLS] beats the best span by more")
+    add("--amp", action="store_true", help="train in bfloat16 (autocast); for CUDA")
     add("--seed", type=int, default=0, help="seed of all random numbers")
-    args = parser.parse_args(argv)
+    unset = dict.fromkeys("model train dev eval dropout teacher warmup cooldown layers "
+                          "overwrite amp".split())
+    args = parser.parse_args(argv, Namespace(**unset))
     args.offline = not (args.model or args.train or args.eval)
-    if args.offline:
-        parser.set_defaults(**OFFLINE)
-        args = parser.parse_args(argv, Namespace(offline=True))
-    return args
+    return parser.parse_args(argv, Namespace(**unset | OFFLINE)) if args.offline else args
 
 
 def check(args: Namespace):
@@ -97,7 +107,8 @@ def check(args: Namespace):
     for name, low, high in (("density", 1e-9, 1), ("distill", 0, 1), ("dropout", 0, 0.999),
                             ("lr", 0, 1), ("score_lr", 0, 1e9), ("batch_size", 1, 1e9),
                             ("stride", 0, 1e9), ("dense_epochs", 0, 1e9), ("epochs", 0, 1e9),
-                            ("max_length", 1, 1e9), ("seed", 0, 2**63 - 1)):
+                            ("fill_epochs", 0, 1e9), ("warmup", 0, 1e9), ("cooldown", 0, 1e9),
+                            ("max_length", 1, 1e9), ("seed", 0, 2**62)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value} is outside {low:g} to {high:g}")
@@ -105,11 +116,18 @@ def check(args: Namespace):
         raise ValueError("--train and --dev go together; without both, the generated corpus serves")
     if not args.eval and not args.model:
         raise ValueError("--train needs --model; python data/download.py gets bert-base-uncased")
+    if len(args.penalty) > 2 or not all(0 <= weight < math.inf for weight in args.penalty):
+        raise ValueError(f"--lambda {args.penalty}: give one weight, or two: attention's and FFN's")
+    if args.layers and not re.fullmatch(r"\d+(,\d+)*", args.layers):
+        raise ValueError(f"--layers {args.layers}: give numbers, as in 0,2,4")
+    if args.layers and args.distill and not args.teacher:
+        raise ValueError("--layers needs a --teacher, the whole model, or --distill 0")
 
 
 def fail(message: str):
     """One line on standard error, and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -128,30 +146,22 @@ def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[lis
 
 
 def collate(windows: list[Window], pad: int) -> dict[str, Tensor]:
-    """Pad windows to the longest: what the model takes, its targets, and where the context lies."""
+    """Pad windows to the longest: the model's inputs, its targets, and where the context lies."""
     ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)  # (B, T)
     length = torch.tensor([len(w.ids) for w in windows])[:, None]                      # (B, 1)
     first = torch.tensor([w.first for w in windows])[:, None]
     position = torch.arange(ids.shape[1])                                              # (T,)
-    return {"input_ids": ids, "attention_mask": position < length,
-            "token_type_ids": ((position >= first) & (position < length)).long(),
-            "context": (position >= first) & (position < length - 1),
-            "start": torch.tensor([w.start for w in windows]),                         # (B,)
-            "end": torch.tensor([w.end for w in windows])}
-
-
-def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-
-
-def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+    second = (position >= first) & (position < length)
+    batch = {"start": torch.tensor([w.start for w in windows]),                        # (B,)
+             "end": torch.tensor([w.end for w in windows]),
+             "mask": position < length, "context": second & (position < length - 1)}
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    return {**batch, "inputs": (ids.to(DEVICE), batch["mask"], second.long().to(DEVICE))}
 
 
 def sample_inputs(windows: list[Window], pad: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The model's inputs in batches of 8, for comparing models."""
-    return [inputs_of(to_device(collate(windows[low:low + 8], pad)))
-            for low in range(0, len(windows), 8)]
+    return [collate(windows[low:low + 8], pad)["inputs"] for low in range(0, len(windows), 8)]
 
 
 def span_loss(logits: tuple[Tensor, Tensor], batch: dict[str, Tensor], distill: float) -> Tensor:
@@ -162,7 +172,7 @@ def span_loss(logits: tuple[Tensor, Tensor], batch: dict[str, Tensor], distill: 
     """
     loss = 0.0
     for which, z in zip(("start", "end"), logits):
-        z = z.masked_fill(~batch["attention_mask"], -1e4)                              # (B, T)
+        z = z.float().masked_fill(~batch["mask"], -1e4)                      # (B, T)
         loss = loss + (1 - distill) * F.cross_entropy(z, batch[which]) / 2
         if distill:
             student = F.log_softmax(z / TEMPERATURE, -1)
@@ -178,10 +188,10 @@ def teacher_logits(model: nn.Module, windows: list[Window], pad: int, size: int)
     model.eval()
     logits: list[Tensor] = [torch.empty(0)] * len(windows)
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
-    for low in tqdm(range(0, len(order), size), desc="teacher", leave=False, disable=None):
+    for low in tqdm(range(0, len(order), size), desc="teacher", leave=False, disable=QUIET):
         indices = order[low:low + size]
-        batch = to_device(collate([windows[i] for i in indices], pad))
-        for i, row in zip(indices, torch.stack(model(*inputs_of(batch)), -1).cpu()):   # (T, 2)
+        batch = collate([windows[i] for i in indices], pad)
+        for i, row in zip(indices, torch.stack(model(*batch["inputs"]), -1).cpu()):   # (T, 2)
             logits[i] = row[:len(windows[i].ids)].clone()
     return logits
 
@@ -192,14 +202,17 @@ def teacher_logits(model: nn.Module, windows: list[Window], pad: int, size: int)
 def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epochs: int, stage: str,
         log: TextIO, groups: list[prune.BlockGroup] = (), teacher: list[Tensor] | None = None):
     """Train for `epochs` epochs; on the way, prune the blocks of `groups` to args.density."""
-    scores = [parameter for group in groups for parameter in group.scores]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and args.dropout is not None:
+            module.p = args.dropout
+    parameters = prune.parameter_groups(model, args.lr, args.score_lr)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    scores = parameters[2]["params"]
     weights = [p for p in model.parameters() if not any(p is score for score in scores)]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in weights if p.ndim > 1], "lr": args.lr, "weight_decay": 0.01},
-        {"params": [p for p in weights if p.ndim == 1], "lr": args.lr, "weight_decay": 0.0},
-        {"params": scores, "lr": args.score_lr, "weight_decay": 0.0}], fused=True)
+    parallel = DistributedDataParallel(model) if WORLD > 1 else model
     total = epochs * math.ceil(len(windows) / args.batch_size)
-    start, end = total * 5 // 100, total * 60 // 100          # of the way to the final density
 
     def linear(step: int) -> float:                          # warm-up over a tenth, then decay to 0
         return min((step + 1) / max(1, total // 10), (total - step) / max(1, total - total // 10))
@@ -207,27 +220,31 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [linear, linear, lambda step: 1.0])
     schedule = ((epoch, indices) for epoch in range(epochs)
                 for indices in batches(windows, args.batch_size, epoch, args.seed))
-    density = 1.0
     model.train()
-    bar = tqdm(schedule, total=total, desc=stage, unit="step", disable=None)
+    bar = tqdm(schedule, total=total, desc=stage, unit="step", disable=QUIET)
     for step, (epoch, indices) in enumerate(bar):
-        if groups:
-            density = prune.cubic_density(step, start, end, args.density)
-            for group in groups:
-                group.keep(density)
-        batch = collate([windows[i] for i in indices], pad)
+        penalty = sum(group.advance(step, args.warmup, total - args.cooldown, args.density, weight)
+                      for group, weight in zip(groups, args.penalty * 2))
+        part = indices[RANK::WORLD]                                    # this process's share
+        share = len(part) * WORLD / len(indices)
+        part = part or indices[:1]
+        batch = collate([windows[i] for i in part], pad)
         if teacher:
-            both = pad_sequence([teacher[i] for i in indices], True, -1e4)             # (B, T, 2)
+            both = pad_sequence([teacher[i] for i in part], True, -1e4).to(DEVICE)     # (B, T, 2)
             batch["teacher_start"], batch["teacher_end"] = both.unbind(-1)
-        batch = to_device(batch)
-        loss = span_loss(model(*inputs_of(batch)), batch, args.distill if teacher else 0.0)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bool(args.amp)):
+            logits = parallel(*batch["inputs"])
+        loss = share * span_loss(logits, batch, args.distill if teacher else 0.0) + penalty
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         nn.utils.clip_grad_norm_(scores, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        line = {"stage": stage, "epoch": epoch, "step": step, "loss": loss.item(),
-                "density": density, "lr": scheduler.get_last_lr()[0]}
+        loss = loss.detach()
+        if WORLD > 1:
+            distributed.all_reduce(loss)
+        line = {"stage": stage, "epoch": epoch, "step": step, "loss": loss.item() / WORLD,
+                "density": prune.overall_density(groups), "lr": scheduler.get_last_lr()[0]}
         log.write(json.dumps(line) + "\n")
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")},
                         refresh=False)
@@ -247,24 +264,28 @@ def chunks(questions: list[Question], tokenizer: Tokenizer, max_length: int,
 
 @torch.inference_mode()
 def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question], max_length: int,
-            stride: int, size: int = 32) -> dict[str, str]:
-    """The best answer to every question, by id."""
+            stride: int, size: int = 32, null_threshold: float = 0.0) -> dict[str, str]:
+    """The best answer to every question, by id; for SQuAD v2.0, "" where [CLS] scores higher."""
     model.eval()
     pad = tokenizer.token_to_id("[PAD]")
     answers = {}
-    bar = tqdm(total=len(questions), desc="evaluate", unit="question", leave=False, disable=None)
+    bar = tqdm(total=len(questions), desc="evaluate", unit="question", leave=False, disable=QUIET)
     for chunk, windows in chunks(questions, tokenizer, max_length, stride):
         windows.sort(key=lambda window: len(window.ids))
-        best = [(-math.inf, "")] * len(chunk)
+        best, null = [(-math.inf, "")] * len(chunk), [math.inf] * len(chunk)
         for low in range(0, len(windows), size):
             part = windows[low:low + size]
-            batch = to_device(collate(part, pad))
-            spans = squad.best_spans(*model(*inputs_of(batch)), batch["context"])
-            for window, score, first, last in zip(part, *(x.tolist() for x in spans)):
+            batch = collate(part, pad)
+            start, end = model(*batch["inputs"])
+            found = start[:, 0] + end[:, 0], *squad.best_spans(start, end, batch["context"])
+            for window, none, score, first, last in zip(part, *(x.tolist() for x in found)):
+                null[window.question] = min(null[window.question], none)
                 if score > best[window.question][0]:
                     text = chunk[window.question].context[window.text(first, last)]
                     best[window.question] = score, text
-        answers |= {question.id: text for question, (_, text) in zip(chunk, best)}
+        for question, none, (score, text) in zip(chunk, null, best):
+            empty = question.v2 and none - score > null_threshold
+            answers[question.id] = "" if empty else text
         bar.update(len(chunk))
     bar.close()
     return answers
@@ -274,15 +295,10 @@ def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str,
     """EM and F1 of a saved model's folder, or of a predictions.json."""
     if Path(path).is_dir():
         model, tokenizer = open_model(path, args.max_length)
-        predictions = predict(model, tokenizer, questions, args.max_length, args.stride)
+        predictions = predict(model, tokenizer, questions, args.max_length, args.stride,
+                              null_threshold=args.null_threshold)
     else:
-        try:
-            predictions = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
-        if not isinstance(predictions, dict) or \
-                not all(isinstance(text, str) for text in predictions.values()):
-            raise ValueError(f"{path}: not predictions; they map every question's id to a text")
+        predictions = squad.read_predictions(path)
     missing = sum(question.id not in predictions for question in questions)
     if missing:
         print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
@@ -299,9 +315,10 @@ def questions_in(path: str | None, split: str) -> list[Question]:
     return squad.questions_of(generate.corpus(split), "generated corpus")
 
 
-def open_model(folder: str, max_length: int = 0) -> tuple[BertForQuestionAnswering, Tokenizer]:
+def open_model(folder: str, max_length: int = 0, layers: list[int] | None = None
+               ) -> tuple[BertForQuestionAnswering, Tokenizer]:
     """A saved model and its tokenizer, checked against each other and against the window."""
-    model = BertForQuestionAnswering.from_pretrained(folder)
+    model = BertForQuestionAnswering.from_pretrained(folder, layers)
     tokenizer = squad.load_tokenizer(folder)
     known, size = tokenizer.get_vocab_size(), model.config.vocab_size
     if known > size:
@@ -313,26 +330,10 @@ def open_model(folder: str, max_length: int = 0) -> tuple[BertForQuestionAnsweri
     return model.to(DEVICE), tokenizer
 
 
-def save_model(model: BertForQuestionAnswering, source: str | Path, folder: Path):
-    """The model, and the tokenizer's files from `source`, so that the folder stands alone."""
-    model.save_pretrained(folder)
-    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
-        path = Path(source) / name
-        if not path.exists():
-            (folder / name).unlink(missing_ok=True)                     # an older run's
-        elif path.resolve() != (folder / name).resolve():
-            shutil.copyfile(path, folder / name)
-
-
-def save_json(path: Path, value):
-    """Write JSON; the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def claim(folder: Path, overwrite: bool) -> TextIO:
     """Open the log in the output folder. Raises ValueError if an unfinished run lies there."""
+    if RANK:
+        return open(os.devnull, "w")
     if (folder / "log.jsonl").exists() and not (folder / "summary.json").exists() and not overwrite:
         raise ValueError(f"{folder}: holds an unfinished run; give --overwrite or another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -346,6 +347,10 @@ def claim(folder: Path, overwrite: bool) -> TextIO:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    if WORLD > 1:
+        distributed.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo",
+                                       timeout=timedelta(days=1))  # while the first one evaluates
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:                                    # all that comes from outside is opened and checked here
         check(args)
         torch.manual_seed(args.seed)
@@ -356,7 +361,8 @@ def main(argv: list[str] | None = None):
             print(json.dumps(evaluate(args.eval, dev, args)))
             return
         train = questions_in(args.train, "train")
-        model, tokenizer = open_model(args.model, args.max_length)
+        layers = [int(i) for i in args.layers.split(",")] if args.layers else None
+        model, tokenizer = open_model(args.model, args.max_length, layers)
         teacher = model
         if args.teacher:
             teacher, vocabulary = open_model(args.teacher, args.max_length)
@@ -366,6 +372,12 @@ def main(argv: list[str] | None = None):
         samples = []
         for _, part in chunks(dev, tokenizer, args.max_length, args.stride):
             samples = samples or part                          # the first; all are checked
+        steps = args.epochs * math.ceil(len(windows) / args.batch_size)
+        args.warmup = steps * 5 // 100 if args.warmup is None else args.warmup
+        args.cooldown = steps - steps * 60 // 100 if args.cooldown is None else args.cooldown
+        if args.warmup + args.cooldown > steps > 0:
+            raise ValueError(f"--warmup {args.warmup} and --cooldown {args.cooldown} are more than "
+                             f"the {steps} steps of pruning")
         out = Path(args.out)
         log = claim(out, args.overwrite)
     except (ValueError, OSError) as error:
@@ -376,47 +388,54 @@ def main(argv: list[str] | None = None):
               "--train data/train-v1.1.json --dev data/dev-v1.1.json")
     print(f"{len(train)} questions to train on, {len(windows)} windows; {len(dev)} to evaluate on")
 
-    def measure(name: str, model: nn.Module) -> dict[str, str]:
-        predictions = predict(model, tokenizer, dev, args.max_length, args.stride)
-        rows[name] = squad.score(predictions, dev)
-        print(f"{name}: EM {rows[name]['exact_match']:.2f}, F1 {rows[name]['f1']:.2f}", flush=True)
-        return predictions
+    def finish(stage: str, model: BertForQuestionAnswering, folder: str | None = None):
+        """Save the model and measure it: once, not in every process."""
+        if RANK:
+            return
+        if folder:
+            model.save_pretrained(out / folder, args.model)
+        predictions = predict(model, tokenizer, dev, args.max_length, args.stride,
+                              null_threshold=args.null_threshold)
+        rows[stage] = squad.score(predictions, dev)
+        print(f"{stage}: EM {rows[stage]['exact_match']:.2f}, F1 {rows[stage]['f1']:.2f}", flush=True)
+        save_json(out / "predictions.json", predictions)
 
     rows: dict[str, dict[str, float]] = {}
-    pad = tokenizer.token_to_id("[PAD]")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and args.dropout is not None:
-            module.p = args.dropout
+    pad, logits = tokenizer.token_to_id("[PAD]"), None
     with log:
         # 1. Dense fine-tuning.
         if args.dense_epochs:
             fit(model, windows, pad, args, args.dense_epochs, "dense", log)
-            save_model(model, args.model, out / "dense")
-        measure("dense", model)
+        finish("dense", model, "dense" if args.dense_epochs else None)
         # 2. Fine-pruning: the same loop with masks on, and the dense model as teacher.
-        logits = None
-        if args.distill and args.epochs:
+        if args.distill and args.epochs + args.fill_epochs:
             logits = teacher_logits(teacher, windows, pad, 32)
         del teacher
         attention = ["*.attention.query", "*.attention.key", "*.attention.value"]
         groups = [prune.BlockGroup(model, args.block, attention, ["*.attention.output"],
-                                   unit=model.config.head_size),
-                  prune.BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"])]
+                                   model.config.head_size, args.method),
+                  prune.BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"],
+                                   method=args.method)]
         fit(model, windows, pad, args, args.epochs, "prune", log, groups, logits)
-    # 3. Make the zeros permanent.
-    prune.bake(model)
-    save_model(model, args.model, out / "masked")
-    measure("pruned", model)
-    # 4. Delete them, and prove that nothing else changed.
-    small = compact.compact(model)
-    inputs = sample_inputs(samples, pad)
-    try:
-        difference = compact.largest_difference(model, small, inputs)
-    except ArithmeticError as error:
-        sys.exit(f"train.py: {error}; the masked model is in {out / 'masked'}")
-    save_model(small, args.model, out / "compact")
-    save_json(out / "predictions.json", measure("compact", small))
-    speed = compact.speedup(model, small, inputs[0])
+        # 3. Make the zeros permanent.
+        prune.bake(model)
+        finish("pruned", model, "masked")
+        # 4. Delete them, and prove that nothing else changed.
+        small = compact.compact(model)
+        inputs = sample_inputs(samples, pad)
+        try:
+            difference = compact.largest_difference(model, small, inputs)
+        except ArithmeticError as error:
+            sys.exit(f"train.py: {error}; the masked model is in {out / 'masked'}")
+        # 5. Fill: train on what is left, from its zeros.
+        if args.fill_epochs:
+            fit(small, windows, pad, args, args.fill_epochs, "fill", log, teacher=logits)
+        finish("compact", small, "compact")
+    if WORLD > 1:
+        distributed.destroy_process_group()
+    if RANK:
+        return
+    _, speed = compact.speedups([model, small], inputs[0])
     summary = compact.summarise(rows, model, small, difference, speed)
     print(f"\n{compact.layer_table(model, small)}\n\n{compact.closing_table(summary)}\n\n"
           f"largest difference between pruned and compact logits: {difference:.1e}")

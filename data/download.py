@@ -7,7 +7,6 @@ Every file is checked before it gets its name, so that none is there in part. Fi
 already stay as they are.
 """
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -19,10 +18,9 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
-from model import read_safetensors  # noqa: E402
+from model import read_json, read_safetensors  # noqa: E402
 
 CHECKPOINT = "config.json vocab.txt tokenizer_config.json tokenizer.json model.safetensors".split()
-OPTIONAL = "tokenizer_config.json", "tokenizer.json"
 
 
 def fetch(url: str, path: Path):
@@ -39,7 +37,7 @@ def fetch(url: str, path: Path):
         if size not in (-1, partial.stat().st_size):
             raise ValueError(f"{partial.stat().st_size} of {size} bytes came; try again")
         if path.suffix == ".json":
-            json.loads(partial.read_text(encoding="utf-8"))
+            read_json(partial)
         elif path.suffix == ".safetensors":
             read_safetensors(partial)
         os.replace(partial, path)
@@ -68,7 +66,7 @@ def main(argv: list[str] | None = None):
         try:
             fetch(url, path)
         except (OSError, ValueError, HTTPException) as error:
-            if path.name not in OPTIONAL or getattr(error, "code", None) != 404:
+            if getattr(error, "code", None) != 404 or not path.name.startswith("tokenizer"):
                 print(f"download.py: {url}: {error}", file=sys.stderr)
                 sys.exit(2)
 

@@ -83,11 +83,10 @@ def paragraph(rng: random.Random, people: list[str], names: list[str], id_: str,
 
 def vocabulary() -> list[str]:
     """WordPiece's vocabulary: the templates' words, syllables, single characters for the rest."""
-    text = str([FIRST, LAST, JOBS, *RELATIONS.values()]).lower()
-    words = sorted({*re.findall("[a-z]{2,}", text)})
+    words = {*re.findall("[a-z]{2,}", str([FIRST, LAST, JOBS, *RELATIONS.values()]).lower())}
     pieces = [*SYLLABLES, *string.ascii_lowercase, *string.digits, *(f"{n:02}" for n in range(100))]
     return [*dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation,
-                            *words, *pieces, *(f"##{piece}" for piece in pieces)])]
+                            *sorted(words), *pieces, *(f"##{piece}" for piece in pieces)])]
 
 
 if __name__ == "__main__":

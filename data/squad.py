@@ -12,7 +12,6 @@ al., BERT, 2018 (arXiv 1810.04805), section 4.2.
 
 Shapes in comments: B batch, T tokens.
 """
-import json
 import re
 import string
 import sys
@@ -24,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor
+
+from model import read_json
 
 
 @dataclass
@@ -35,23 +36,29 @@ class Question:
     context: str
     answers: list[str]                       # every text that counts as right
     span: tuple[int, int] | None             # characters of the first answer
+    v2: bool = False                         # SQuAD v2.0: "no answer", "", may be right
 
 
 def read_squad(path: str | Path) -> list[Question]:
-    """Read a file in SQuAD's format. Raises ValueError, naming the place, or OSError."""
-    try:
-        articles = json.loads(Path(path).read_text(encoding="utf-8-sig"))["data"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not SQuAD's JSON, {{\"data\": [...]}} ({error})") from None
-    return questions_of(articles, path)
+    """Read a file in SQuAD's format, v1.1 or v2.0. Raises ValueError, naming the place, or OSError.
+    """
+    value = read_json(path)
+    return questions_of(value.get("data"), path, str(value.get("version")).lstrip("v")[:1] == "2")
 
 
-def questions_of(articles: list, path: str | Path) -> list[Question]:
+def read_predictions(path: str | Path) -> dict[str, str]:
+    """Read a predictions file: question id -> text. Raises ValueError or OSError."""
+    value = read_json(path)
+    if not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"{path}: not predictions; they map every question's id to a text")
+    return value
+
+
+def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Question]:
     """The questions in SQuAD's list of articles; `path` names them in errors."""
     def get(entry, key, kind, place):
         if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
-            name = {str: "text", list: "list", int: "number"}[kind]
-            raise ValueError(f"{path}: {place}: no {name} {key!r}; is this SQuAD's format?")
+            raise ValueError(f"{path}: {place}: no {kind.__name__} {key!r}; is it SQuAD's format?")
         if kind is str and (not entry[key].strip() or re.search("[\ud800-\udfff]", entry[key])):
             raise ValueError(f"{path}: {place}: {key!r} is empty or no text; mend or remove it")
         return entry[key]
@@ -77,7 +84,7 @@ def questions_of(articles: list, path: str | Path) -> list[Question]:
                 if id_ in seen:
                     print(f"{path}: {here}: this id occurs more than once", file=sys.stderr)
                 seen.add(id_)
-                questions.append(Question(id_, text, context, answers, (spans or [None])[0]))
+                questions.append(Question(id_, text, context, answers, (spans or [None])[0], v2))
     if not questions:
         raise ValueError(f"{path}: holds no question")
     return questions
@@ -101,11 +108,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer.no_padding()
         else:
             path = Path(folder) / "vocab.txt"
-            tokenizer = Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-            values = json.loads(settings.read_text()) if settings.exists() else {}
-            lower = values.get("do_lower_case", True)
-            tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
-            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            lower = (read_json(settings) if settings.exists() else {}).get("do_lower_case", True)
+            tokenizer = BertWordPieceTokenizer(str(path), lowercase=lower)
     except Exception as error:                      # the library raises no narrower class
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
     for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
@@ -176,7 +180,7 @@ def best_spans(start: Tensor, end: Tensor, context: Tensor,
     return score, first, first + length.gather(1, first[:, None])[:, 0]
 
 
-# ------------------------------------------------------------------------------ SQuAD v1.1's metric
+# ----------------------------------------------------------------------------------- SQuAD's metric
 
 
 def normalise(text: str) -> str:
@@ -193,11 +197,26 @@ def f1(prediction: str, truth: str) -> float:
 
 
 def score(predictions: dict[str, str], questions: list[Question]) -> dict[str, float]:
-    """Exact match and F1 in percent: a question's best answer counts, a missing prediction is 0."""
-    exact = overlap = 0.0
+    """Exact match and F1 in percent: a question's best answer counts, a missing prediction is 0.
+
+    For v2.0 also under its own names: exact, f1, total; HasAns_... and NoAns_... for the questions
+    that have an answer and those that have none, where "" is right.
+    """
+    rows = []                                                        # (has an answer, exact, F1)
     for question in questions:
-        text = predictions.get(question.id)
-        if text is not None and question.answers:
-            exact += max(normalise(text) == normalise(answer) for answer in question.answers)
-            overlap += max(f1(text, answer) for answer in question.answers)
-    return {"exact_match": 100 * exact / len(questions), "f1": 100 * overlap / len(questions)}
+        text, answers = predictions.get(question.id), question.answers
+        if question.v2:
+            answers = [answer for answer in answers if normalise(answer)] or [""]
+        exact = overlap = 0.0
+        if text is not None and answers:
+            exact = float(max(normalise(text) == normalise(answer) for answer in answers))
+            overlap = max(f1(text, answer) for answer in answers)
+        rows.append((bool(question.answers), exact, max(overlap, exact * question.v2)))
+
+    result = {}
+    for prefix, kinds in (("", (True, False)), ("HasAns_", (True,)), ("NoAns_", (False,))):
+        if part := [row for row in rows if row[0] in kinds]:
+            exact, overlap = (100 * sum(column) / len(part) for column in list(zip(*part))[1:])
+            result |= {f"{prefix}exact": exact, f"{prefix}f1": overlap, f"{prefix}total": len(part)}
+    result = {"exact_match": result["exact"], **result}
+    return result if questions[0].v2 else {name: result[name] for name in ("exact_match", "f1")}
