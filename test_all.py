@@ -583,17 +583,18 @@ def test_blocks_and_names_that_make_no_sense_are_refused():
 
 STRANGER = """
 import torch, transformers
-from prune import BlockGroup, bake, densities
+from prune import BlockGroup, bake, densities, parameter_groups
 config = transformers.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2,
                                  num_attention_heads=2, intermediate_size=128)
 model = transformers.BertForQuestionAnswering(config)
 attention = BlockGroup(
     model, "16x16", ["*.query", "*.key", "*.value"], ["*.attention.output.dense"])
 ffn = BlockGroup(model, "1xall", ["*.intermediate.dense"], ["*[0-9].output.dense"])
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, score_lr=1e-2))
 ids = torch.randint(99, (4, 12))
-for density in (1.0, 0.5, 0.25):
-    attention.keep(density), ffn.keep(density)
+for step in range(3):
+    for group in (attention, ffn):
+        group.advance(step, start=0, end=2, density=0.25)
     where = torch.zeros(4, dtype=torch.long)
     model(input_ids=ids, start_positions=where, end_positions=where).loss.backward()
     optimizer.step(), optimizer.zero_grad()
