@@ -54,8 +54,9 @@ class BlockMask(nn.Module):
         if self.transposed:
             mask, r, c = mask.T, c, r
         (R, C), (rows, columns) = mask.shape, weight.shape
-        padded = F.pad(weight, (0, C * c - columns, 0, R * r - rows))           # (R r, C c)
-        product = padded.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
+        if (rows, columns) != (R * r, C * c):                     # blocks at the edges are smaller
+            weight = F.pad(weight, (0, C * c - columns, 0, R * r - rows))       # (R r, C c)
+        product = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
         return product.view(R * r, C * c)[:rows, :columns]
 
     def magnitude(self, weight: Tensor) -> Tensor:
