@@ -141,15 +141,26 @@ def mean_heads(model: nn.Module) -> int:
     return count
 
 
+def table(*rows: tuple[str, ...]) -> str:
+    """Cells in columns, flush right; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths))
+                     for row in rows)
+
+
 def layer_table(dense: nn.Module, small: nn.Module) -> str:
     """What remains of every layer: heads, FFN dimensions, weights of the linear layers."""
-    lines = ["layer     heads  FFN dimensions  linear weights    left"]
+    def bar(part: int, whole: int) -> str:
+        return ("#" * round(12 * part / max(1, whole))).ljust(12, ".")
+    rows = [("layer", "heads", "", "FFN dimensions", "", "linear weights", "left")]
     for i, (a, b) in enumerate(zip(dense.layers, small.layers)):
+        heads, dimensions = ((b.attention.heads, a.attention.heads),
+                             (b.ffn.first.out_features, a.ffn.first.out_features))
         before, after = linear_weights(a), linear_weights(b)
-        lines.append(f"{i:5}  {b.attention.heads:2} of {a.attention.heads:2}"
-                     f"  {b.ffn.first.out_features:6} of {a.ffn.first.out_features:4}"
-                     f"  {after:14,}  {after / max(1, before):6.1%}")
-    return "\n".join(lines)
+        rows.append((str(i), "{} of {}".format(*heads), bar(*heads),
+                     "{} of {}".format(*dimensions), bar(*dimensions),
+                     f"{after:,}", f"{after / max(1, before):.1%}"))
+    return table(*rows)
 
 
 def summarise(rows: dict, model: nn.Module, small: nn.Module,
@@ -171,28 +182,24 @@ def closing_table(s: dict) -> str:
     """One row a model. The pruned model has the dense one's shapes, and therefore its speed."""
     before = s["parameters_dense"], s["heads_total"], 1.0
     after = s["parameters_compact"], s["heads_kept"], s["speedup"]
-    lines = ["model        EM     F1  density   parameters       heads   speed"]
-    for name, density, (size, heads, speed) in (
+    return table(("model", "EM", "F1", "density", "parameters", "heads", "speed"), *(
+        (name, f"{s[name]['exact_match']:.2f}", f"{s[name]['f1']:.2f}", f"{density:.3f}",
+         f"{size:,}", f"{heads} of {s['heads_total']}", f"{speed:.2f}x")
+        for name, density, (size, heads, speed) in (
             ("dense", 1.0, before), ("pruned", s["density"], before),
-            ("compact", s["compact_density"], after)):
-        lines.append(f"{name:8} {s[name]['exact_match']:6.2f} {s[name]['f1']:6.2f}  {density:7.3f}"
-                     f"  {size:11,}  {heads:3} of {s['heads_total']:3}  {speed:5.2f}x")
-    return "\n".join(lines)
+            ("compact", s["compact_density"], after))))
 
 
 def comparison(dense: nn.Module, runs: dict[str, tuple[float, nn.Module, nn.Module]],
                batch: tuple[Tensor, ...]) -> str:
     """One row a run, which is name: (F1, masked model, compact model); all against `dense`."""
     total = linear_weights(dense.layers)
-    speeds = speedups([dense, *(small for _, _, small in runs.values())], batch)
-    width = max(len(name) for name in (*runs, "dense"))
-    lines = [f"{'run':{width}}     F1  density  compact  heads  means    FFN   speed"]
-    for (name, (f1, masked, small)), speed in zip(runs.items(), speeds[1:]):
-        lines.append(f"{name:{width}}  {f1:5.2f}  {nonzero_weights(masked.layers) / total:7.3f}"
-                     f"  {linear_weights(small.layers) / total:7.3f}"
-                     f"  {sum(small.config.heads_per_layer):5}  {mean_heads(small):5}"
-                     f"  {sum(small.config.ffn_per_layer):5}  {speed:5.2f}x")
-    return "\n".join(lines)
+    speeds = speedups([dense, *(small for _, _, small in runs.values())], batch)[1:]
+    return table(("run", "F1", "density", "compact", "heads", "means", "FFN", "speed"), *(
+        (name, f"{f1:.2f}", f"{nonzero_weights(masked.layers) / total:.3f}",
+         f"{linear_weights(small.layers) / total:.3f}", f"{sum(small.config.heads_per_layer)}",
+         f"{mean_heads(small)}", f"{sum(small.config.ffn_per_layer)}", f"{speed:.2f}x")
+        for (name, (f1, masked, small)), speed in zip(runs.items(), speeds)))
 
 
 def main(argv: list[str] | None = None):

@@ -1446,6 +1446,38 @@ def test_a_compact_model_is_saved_and_opened(tmp_path):
     assert config["heads_per_layer"] == [4, 0, 4] and config["ffn_per_layer"] == [0, 80, 71]
 
 
+def test_a_compact_model_is_a_plain_module_that_exports(tmp_path):
+    """torch.export, save, load; batch and length stay free. Layers without heads or FFN included."""
+    model = masked_model()
+    a, f = ([getattr(layer, n) for layer in model.layers] for n in ("attention", "ffn"))
+    zeroed(
+        model,
+        rows=[(a[0].value, slice(12)), (a[1].value, slice(None)), (f[2].first, slice(None))],
+    )
+    small = compact.compact(model)
+    batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", min=2, max=160)
+    inputs = padded_inputs(1000)
+    program = torch.export.export(small, inputs, dynamic_shapes=({0: batch, 1: length},) * 3)
+    torch.export.save(program, tmp_path / "compact.pt2")
+    loaded = torch.export.load(tmp_path / "compact.pt2").module()
+    for B, T in ((3, 40), (1, 9), (2, 33)):
+        part = [tensor[:B, :T] for tensor in inputs]
+        assert largest(loaded(*part), small(*part)) < 1e-5
+
+
+def test_a_compact_model_compiles():
+    if not shutil.which("c++") and not shutil.which("g++") and not shutil.which("clang++"):
+        raise SkipTest("torch.compile needs a C++ compiler")
+    model = masked_model(num_hidden_layers=1)
+    zeroed(model, rows=[(model.layers[0].attention.value, slice(12))])
+    small = compact.compact(model)
+    compiled, inputs = torch.compile(small, dynamic=True), padded_inputs(1000)
+    with torch.inference_mode():
+        for B, T in ((3, 40), (2, 33)):
+            part = [tensor[:B, :T] for tensor in inputs]
+            assert largest(compiled(*part), small(*part)) < 1e-4
+
+
 def test_the_command_line_deletes_and_answers(tmp_path):
     model = masked_model(max_position_embeddings=384)
     zeroed(model, rows=[(model.layers[1].attention.value, slice(12, 48))])
