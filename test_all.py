@@ -1486,7 +1486,7 @@ def test_the_command_line_deletes_and_answers(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         compact.main([str(tmp_path / "masked"), str(tmp_path / "small")])
     lines = stdout.getvalue().splitlines()
-    assert "1 of  4" in lines[2] and len({len(line) for line in lines[:4]}) == 1  # the table aligns
+    assert "1 of 4" in lines[2] and len({len(line) for line in lines[:4]}) == 1  # the table aligns
     context = "Bilder lives in Gonfar. " * 60  # several windows
     (tmp_path / "text").write_text(context)
     answers = []
