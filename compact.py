@@ -15,6 +15,7 @@ constant moves into the next bias.
     small = compact(masked)                                     # a whole model of this project
     query, key, value, output = compact_attention(query, key, value, output, head_size=64)
     python compact.py out/masked out/compact                    # delete, prove, measure
+    python compact.py out/dense --compare out/compact           # size and speed of any two
     python compact.py out/compact --ask "Who ...?" --context FILE
 
 It is exact in eval mode only: attention dropout would break the sum to 1.
@@ -38,6 +39,14 @@ from torch import Tensor, nn
 Pair = tuple[Tensor, Tensor]                        # a linear layer's weight (out, in), bias (out,)
 
 
+def alive(first: Tensor, second: Tensor, size: int = 1) -> Tensor:
+    """Which heads (of `size`) or FFN dimensions do more than add a constant: (H,) or (F,).
+
+    first (F, C) writes what second (C, F) reads: a dimension needs its row and its column.
+    """
+    return ((first != 0).any(1) & (second != 0).any(0)).view(-1, size).any(1)
+
+
 def compact_attention(query: Pair, key: Pair, value: Pair, output: Pair,
                       head_size: int) -> tuple[Pair, Pair, Pair, Pair]:
     """Delete the heads of one layer that only add a constant; the four smaller pairs.
@@ -45,8 +54,7 @@ def compact_attention(query: Pair, key: Pair, value: Pair, output: Pair,
     query, key, value: (H D, C) and (H D,); output: (C, H D) and (C,); head_size: D.
     """
     (W_V, b_V), (W_O, b_O) = value, output
-    alive = (W_V != 0).any(1) & (W_O != 0).any(0)                   # (H D,)
-    keep = alive.view(-1, head_size).any(1).repeat_interleave(head_size)
+    keep = alive(W_V, W_O, head_size).repeat_interleave(head_size)  # (H D,)
     b_O = b_O.double() + W_O[:, ~keep].double() @ b_V[~keep].double()
     query, key, value = ((weight[keep], bias[keep]) for weight, bias in (query, key, value))
     return query, key, value, (W_O[:, keep], b_O.to(W_O.dtype))
@@ -59,7 +67,7 @@ def compact_ffn(first: Pair, second: Pair,
     first: (F, C) and (F,); second: (C, F) and (C,).
     """
     (W_1, b_1), (W_2, b_2) = first, second
-    keep = (W_1 != 0).any(1) & (W_2 != 0).any(0)                    # (F,)
+    keep = alive(W_1, W_2)                                          # (F,)
     b_2 = b_2.double() + W_2[:, ~keep].double() @ activation(b_1[~keep].double())
     return (W_1[keep], b_1[keep]), (W_2[:, keep], b_2.to(W_2.dtype))
 
@@ -86,6 +94,24 @@ def compact(model: nn.Module) -> nn.Module:
     return small.train(model.training)
 
 
+@torch.no_grad()
+def expand(small: nn.Module, model: nn.Module):
+    """Write a compact model's weights back into `model`, which it came from: compact's inverse."""
+    state, kept = small.state_dict(), {}
+    for i, layer in enumerate(model.layers):
+        a, f = layer.attention, layer.ffn
+        heads = alive(a.value.weight, a.output.weight, a.head_size).repeat_interleave(a.head_size)
+        kept[f"layers.{i}.attention"] = heads.nonzero().flatten()
+        kept[f"layers.{i}.ffn"] = alive(f.first.weight, f.second.weight).nonzero().flatten()
+    for name, whole in model.state_dict().items():
+        part = state[name]
+        if whole.shape == part.shape:
+            whole.copy_(part)
+        else:                                            # rows, or columns of output and second
+            dim = 0 if len(whole) != len(part) else 1
+            whole.zero_().index_copy_(dim, kept[name.rsplit(".", 2)[0]], part)
+
+
 # ---------------------------------------------------------------------------------- proof and price
 
 
@@ -109,15 +135,16 @@ def largest_difference(masked: nn.Module, small: nn.Module,
 
 
 @torch.inference_mode()
-def speedups(models: list[nn.Module], batch: tuple[Tensor, ...], rounds: int = 15) -> list[float]:
-    """How many times faster than the first one each model is: all in turn on one batch, medians."""
+def speedup(dense: nn.Module, small: nn.Module, batch: tuple[Tensor, ...],
+            rounds: int = 15) -> float:
+    """How many times faster `small` is: both in turn on one batch, the ratio of median times."""
     def seconds(model):
         begin = perf_counter()
-        model.eval()(*batch)[0].sum().item()                        # .item() waits for a GPU
+        model(*batch)[0].sum().item()                               # .item() waits for a GPU
         return perf_counter() - begin
-    times = [[seconds(model) for model in models] for _ in range(rounds + 2)][2:]
-    medians = [median(column) for column in zip(*times)]
-    return [medians[0] / time for time in medians]
+    dense.eval(), small.eval()
+    times = [(seconds(dense), seconds(small)) for _ in range(rounds + 2)][2:]
+    return median(a for a, _ in times) / median(b for _, b in times)
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -165,7 +192,7 @@ def layer_table(dense: nn.Module, small: nn.Module) -> str:
 
 def summarise(rows: dict, model: nn.Module, small: nn.Module,
               difference: float, speed: float) -> dict:
-    """What summary.json says: `rows` are the three models' EM and F1, `model` is the pruned one."""
+    """What summary.json says: `rows` are the models' EM and F1, `model` is the pruned one."""
     total = max(1, linear_weights(model.layers))
     return {**rows, "density": nonzero_weights(model.layers) / total,
             "compact_density": linear_weights(small.layers) / total,
@@ -190,22 +217,9 @@ def closing_table(s: dict) -> str:
             ("compact", s["compact_density"], after))))
 
 
-def comparison(dense: nn.Module, runs: dict[str, tuple[float, nn.Module, nn.Module]],
-               batch: tuple[Tensor, ...]) -> str:
-    """One row a run, which is name: (F1, masked model, compact model); all against `dense`."""
-    total = linear_weights(dense.layers)
-    speeds = speedups([dense, *(small for _, _, small in runs.values())], batch)[1:]
-    return table(("run", "F1", "density", "compact", "heads", "means", "FFN", "speed"), *(
-        (name, f"{f1:.2f}", f"{nonzero_weights(masked.layers) / total:.3f}",
-         f"{linear_weights(small.layers) / total:.3f}", f"{sum(small.config.heads_per_layer)}",
-         f"{mean_heads(small)}", f"{sum(small.config.ffn_per_layer)}", f"{speed:.2f}x")
-        for (name, (f1, masked, small)), speed in zip(runs.items(), speeds)))
-
-
 def main(argv: list[str] | None = None):
     import train  # here, since only the command line needs the rest of the project
     from data import squad
-    from model import read_json
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = train.fail
     add = parser.add_argument
@@ -213,15 +227,14 @@ def main(argv: list[str] | None = None):
     add("target", nargs="?", help="folder for the compact model")
     add("--dev", metavar="FILE", help="questions in SQuAD's format on which to compare the models "
         "(default: the generated corpus)")
+    add("--compare", metavar="FOLDER", help="compare with a smaller saved model: size and speed")
     add("--ask", metavar="QUESTION", help="answer a question from the text in --context")
     add("--context", metavar="FILE", help="a text file")
-    add("--runs", nargs="+", metavar="FOLDER", default=[],
-        help="compare finished runs of train.py with the model, which is dense")
     args = parser.parse_args(argv)
     try:
-        if (bool(args.target) + bool(args.ask) + bool(args.runs) != 1
-                or bool(args.ask) != bool(args.context)):
-            raise ValueError("give a folder for the compact model, --ask with --context, or --runs")
+        if sum(map(bool, (args.target, args.compare, args.ask))) != 1 or \
+                bool(args.ask) != bool(args.context):
+            raise ValueError("give a folder for the compact model, --compare, or --ask --context")
         if args.target and Path(args.target).resolve() == Path(args.model).resolve():
             raise ValueError(f"{args.target}: is the model itself; name another folder")
         model, tokenizer = train.open_model(args.model)
@@ -239,22 +252,25 @@ def main(argv: list[str] | None = None):
         questions = train.questions_in(args.dev, "dev")[:256]
         windows = squad.make_windows(questions, tokenizer, length, length // 3)
         inputs = train.sample_inputs(windows, tokenizer.token_to_id("[PAD]"))
-        if args.runs:
-            print(comparison(model, {run: (read_json(Path(run) / "summary.json")["compact"]["f1"], *(
-                train.open_model(f"{run}/{name}")[0] for name in ("masked", "compact")))
-                for run in args.runs}, inputs[0]))
-            return
-        small = compact(model)
-        difference = largest_difference(model, small, inputs)
-        small.save_pretrained(args.target, args.model)
+        if args.compare:
+            small, _ = train.open_model(args.compare, length)
+            shapes = [[p.shape for p in m.embeddings.parameters()] for m in (model, small)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{args.compare}: its embeddings are not those of {args.model}")
+        else:
+            small = compact(model)
+            difference = largest_difference(model, small, inputs)
+            small.save_pretrained(args.target, args.model)
+            print(f"largest difference in logits, {len(questions)} questions: {difference:.1e}")
     except (ValueError, OSError, ArithmeticError) as error:
         train.fail(str(error))
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    print(f"{layer_table(model, small)}\n\n"
+    print(f"\n{layer_table(model, small)}\n\n"
           f"linear weights of the encoder: {linear_weights(small.layers):,} of "
           f"{linear_weights(model.layers):,}\nall parameters: {after:,} of {before:,}\n"
-          f"largest difference in logits, {len(questions)} questions: {difference:.1e}\n"
-          f"speed: {speedups([model, small], inputs[0])[1]:.2f}x")
+          f"heads: {sum(small.config.heads_per_layer)} of {sum(model.config.heads_per_layer)}, "
+          f"{mean_heads(small)} of them only average\n"
+          f"speed: {speedup(model, small, inputs[0]):.2f}x")
 
 
 if __name__ == "__main__":

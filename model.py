@@ -235,7 +235,8 @@ class BertForQuestionAnswering(nn.Module):
                          ffn_per_layer=[config.ffn_per_layer[i] for i in layers])
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-        if not {"qa_outputs.weight", "qa_outputs.bias"} & set(tensors):
+        has_span_head = not {"qa_outputs.weight", "qa_outputs.bias"}.isdisjoint(tensors)
+        if not has_span_head:
             print(f"{file}: no span head; it starts random", file=sys.stderr)
             head = torch.randn(2, config.hidden_size) * config.initializer_range
             tensors |= {"qa_outputs.weight": head, "qa_outputs.bias": torch.zeros(2)}
@@ -252,6 +253,7 @@ class BertForQuestionAnswering(nn.Module):
                                  f"but by config.json it is float {list(parameter.shape)}")
             state[name] = tensor.to(torch.float32, copy=True)
         model.load_state_dict(state, assign=True)
+        model.has_span_head = has_span_head
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, source: str | Path | None = None):

@@ -147,18 +147,18 @@ class BlockGroup:
         return torch.stack([scores.sigmoid().mean() for scores in self.scores]).mean()
 
     def advance(self, step: int, start: int, end: int, density: float = 1.0,
-                weight: float = 0.0) -> Tensor | float:
+                lambda_: float = 0.0) -> Tensor | float:
         """Set the masks of this step, on the way from all blocks at `start` to the last at `end`.
 
         density  what movement and magnitude pruning end with
-        weight   lambda, the final weight of soft movement's penalty
+        lambda_  the final weight of soft movement's penalty
         Returns what is to be added to the loss: lambda(t) * penalty, or 0.
         """
         if self.method != "soft-movement":
             self.keep(cubic(step, start, end, 1.0, density))
             return 0.0
         self.keep_above(cubic(step, start, end, 0.0, TAU))
-        return cubic(step, start, end, 0.0, weight) * self.penalty()
+        return cubic(step, start, end, 0.0, lambda_) * self.penalty()
 
     @property
     def density(self) -> float:

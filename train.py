@@ -2,7 +2,7 @@
 
 One idea: pruning is fine-tuning with a schedule. The run has five stages, each a few lines of
 `main`: dense fine-tuning, fine-pruning with the dense model as teacher, making the zeros permanent,
-deletion, and filling (on request): training on what is left.
+filling (on request), deletion.
 
     python train.py --block 32x32                                    # offline, a few minutes
     python train.py --block 32x32 --model data/bert-base-uncased \\
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -44,11 +43,13 @@ from data import generate, squad
 from data.squad import Question, Window
 from model import BertForQuestionAnswering, save_json
 
-RANK, LOCAL, WORLD = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))                          # set by torchrun
+RANK, LOCAL, WORLD = (
+    int(os.environ[name]) if distributed.is_torchelastic_launched() else alone      # by torchrun
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 2.0                                                             # of distillation, T
 QUIET = True if RANK else None                                      # bars on a terminal, from one
+NONE = argparse.SUPPRESS                                            # no default that --help shows
 # Other defaults for the generated corpus, which is what runs without --model and --train.
 OFFLINE = dict(model=str(Path(__file__).parent / "data/tiny-bert"), dense_epochs=2, epochs=5,
                batch_size=32, lr=1e-3, dropout=0.0, offline=True)
@@ -56,19 +57,27 @@ OFFLINE = dict(model=str(Path(__file__).parent / "data/tiny-bert"), dense_epochs
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS,
+        description=__doc__.splitlines()[0], argument_default=NONE,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Without --model and --train, a tiny BERT learns a generated corpus, with defaults "
         + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in OFFLINE.items()
                     if name not in ("model", "offline")))
     parser.error = fail
     add = parser.add_argument
+    def number(flag: str, kind: type, default, low: float, high: float, help: str):
+        def value(text: str):
+            if not low <= kind(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}")
+            return kind(text)
+        value.__name__ = kind.__name__                                  # for argparse's messages
+        add(flag, type=value, default=default, help=help)
     add("--block", default="32x32", help="blocks of the attention matrices, ROWSxCOLUMNS or all")
     add("--ffn-block", default="1xall", help="blocks of the FFN matrices")
     add("--method", default="movement", choices=("movement", "soft-movement", "magnitude"),
         help="keep the best blocks by score, those above a threshold, or the largest")
-    add("--density", type=float, default=0.25, help="fraction of the encoder's weights to keep")
-    add("--lambda", dest="penalty", type=float, nargs="+", default=[10.0], metavar="WEIGHT",
+    number("--density", float, 0.25, 1e-9, 1,
+           "fraction of the encoder's weights to keep (soft movement: see --lambda)")
+    add("--lambda", dest="lambdas", type=float, nargs="+", default=[10.0], metavar="L",
         help="soft movement's penalty, which rules its density: one for all, or attention and FFN")
     add("--model", help="checkpoint's folder (default: the tiny BERT's)")
     add("--train", help="SQuAD's JSON to train on (default: the generated corpus)")
@@ -76,24 +85,25 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--out", default="out", help="folder for the results")
     add("--overwrite", action="store_true", help="replace even an unfinished run")
     add("--eval", metavar="PATH", help="evaluate a saved model's folder or a predictions.json")
-    add("--dense-epochs", type=int, default=2, help="epochs of fine-tuning before pruning")
-    add("--epochs", type=int, default=20, help="epochs of fine-pruning")
-    add("--fill-epochs", type=int, default=0, help="epochs on the compact model, zeros set free")
-    add("--warmup", type=int, help="steps before pruning begins (default: 5%% of them)")
-    add("--cooldown", type=int, help="steps at the final density (default: 40%% of them)")
-    add("--layers", help="take only these layers of the checkpoint, as in 0,2,4")
-    add("--batch-size", type=int, default=16, help="windows in a training step")
-    add("--lr", type=float, default=3e-5, help="learning rate of the weights")
-    add("--score-lr", type=float, default=1e-2, help="learning rate of the scores")
-    add("--max-length", type=int, default=384, help="tokens in a window")
-    add("--stride", type=int, default=128, help="tokens by which two windows overlap")
-    add("--dropout", type=float, help="dropout in training (default: the checkpoint's)")
+    number("--dense-epochs", int, 2, 0, 1e6, "epochs of fine-tuning before pruning")
+    number("--epochs", int, 20, 0, 1e6, "epochs of fine-pruning")
+    number("--fill-epochs", int, 0, 0, 1e6, "epochs on what is left, its zeros set free")
+    number("--warmup", int, NONE, 0, 1e9, "steps before pruning begins (default: 5%% of them)")
+    number("--cooldown", int, NONE, 1, 1e9, "steps at the final density (default: 40%% of them)")
+    add("--layers", type=layer_numbers, metavar="I,J,...",
+        help="take only these layers of the checkpoint, as in 0,2,4")
+    number("--batch-size", int, 16, 1, 1e6, "windows in a training step")
+    number("--lr", float, 3e-5, 0, 1, "learning rate of the weights")
+    number("--score-lr", float, 1e-2, 0, 1e9, "learning rate of the scores")
+    number("--max-length", int, 384, 1, 1e6, "tokens in a window")
+    number("--stride", int, 128, 0, 1e6, "tokens by which two windows overlap")
+    number("--dropout", float, NONE, 0, 0.999, "dropout in training (default: the checkpoint's)")
     add("--teacher", metavar="FOLDER", help="model to distill from (default: the dense one)")
-    add("--distill", type=float, default=0.9, help="weight of the teacher in the loss, 0 for none")
-    add("--null-threshold", type=float, default=0.0,
-        help="SQuAD v2.0: no answer where [CLS] beats the best span by more")
+    number("--distill", float, 0.9, 0, 1, "weight of the teacher in the loss, 0 for none")
+    number("--null-threshold", float, 0.0, -1e9, 1e9,
+           "SQuAD v2.0: no answer where [CLS] beats the best span by more")
     add("--amp", action="store_true", help="train in bfloat16 (autocast); for CUDA")
-    add("--seed", type=int, default=0, help="seed of all random numbers")
+    number("--seed", int, 0, 0, 2**62, "seed of all random numbers")
     unset = dict.fromkeys("model train dev eval dropout teacher warmup cooldown layers "
                           "overwrite amp".split())
     args = parser.parse_args(argv, Namespace(**unset))
@@ -101,27 +111,22 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv, Namespace(**unset | OFFLINE)) if args.offline else args
 
 
+def layer_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def check(args: Namespace):
     """Settings that make no sense raise ValueError."""
     prune.parse_block(args.block), prune.parse_block(args.ffn_block)
-    for name, low, high in (("density", 1e-9, 1), ("distill", 0, 1), ("dropout", 0, 0.999),
-                            ("lr", 0, 1), ("score_lr", 0, 1e9), ("batch_size", 1, 1e9),
-                            ("stride", 0, 1e9), ("dense_epochs", 0, 1e9), ("epochs", 0, 1e9),
-                            ("fill_epochs", 0, 1e9), ("warmup", 0, 1e9), ("cooldown", 0, 1e9),
-                            ("max_length", 1, 1e9), ("seed", 0, 2**62)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is outside {low:g} to {high:g}")
     if not args.eval and bool(args.train) != bool(args.dev):
         raise ValueError("--train and --dev go together; without both, the generated corpus serves")
     if not args.eval and not args.model:
         raise ValueError("--train needs --model; python data/download.py gets bert-base-uncased")
-    if len(args.penalty) > 2 or not all(0 <= weight < math.inf for weight in args.penalty):
-        raise ValueError(f"--lambda {args.penalty}: give one weight, or two: attention's and FFN's")
-    if args.layers and not re.fullmatch(r"\d+(,\d+)*", args.layers):
-        raise ValueError(f"--layers {args.layers}: give numbers, as in 0,2,4")
-    if args.layers and args.distill and not args.teacher:
-        raise ValueError("--layers needs a --teacher, the whole model, or --distill 0")
+    if len(args.lambdas) > 2 or not all(0 <= value < math.inf for value in args.lambdas):
+        raise ValueError(f"--lambda {args.lambdas}: give one number, or two: attention's and FFN's")
+    if args.layers and args.distill and not args.teacher and not args.dense_epochs:
+        raise ValueError("--layers needs a --teacher, the whole model, --dense-epochs or "
+                         "--distill 0: a part of a model cannot teach")
 
 
 def fail(message: str):
@@ -129,9 +134,6 @@ def fail(message: str):
     if RANK == 0:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-# --------------------------------------------------------------------------------- batches and loss
 
 
 def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[list[int]]:
@@ -183,25 +185,32 @@ def span_loss(logits: tuple[Tensor, Tensor], batch: dict[str, Tensor], distill: 
 
 
 @torch.inference_mode()
-def teacher_logits(model: nn.Module, windows: list[Window], pad: int, size: int) -> list[Tensor]:
-    """Start and end logits (T, 2) of every window: computed once, for all epochs."""
+def logits_of(model: nn.Module, windows: list[Window], pad: int,
+              size: int = 32) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor, Tensor]]:
+    """All windows in batches of similar length: indices, batch, start and end logits (B, T)."""
     model.eval()
-    logits: list[Tensor] = [torch.empty(0)] * len(windows)
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
-    for low in tqdm(range(0, len(order), size), desc="teacher", leave=False, disable=QUIET):
+    for low in range(0, len(order), size):
         indices = order[low:low + size]
         batch = collate([windows[i] for i in indices], pad)
-        for i, row in zip(indices, torch.stack(model(*batch["inputs"]), -1).cpu()):   # (T, 2)
+        yield indices, batch, *model(*batch["inputs"])
+
+
+def teacher_logits(model: nn.Module, windows: list[Window], pad: int) -> list[Tensor]:
+    """Start and end logits (T, 2) of every window: computed once, for all epochs."""
+    logits: list[Tensor] = [torch.empty(0)] * len(windows)
+    bar = tqdm(total=len(windows), desc="teacher", unit="window", leave=False, disable=QUIET)
+    for indices, _, start, end in logits_of(model, windows, pad):
+        for i, row in zip(indices, torch.stack((start, end), -1).cpu()):               # (T, 2)
             logits[i] = row[:len(windows[i].ids)].clone()
+        bar.update(len(indices))
+    bar.close()
     return logits
-
-
-# -------------------------------------------------------------------------------- the training loop
 
 
 def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epochs: int, stage: str,
         log: TextIO, groups: list[prune.BlockGroup] = (), teacher: list[Tensor] | None = None):
-    """Train for `epochs` epochs; on the way, prune the blocks of `groups` to args.density."""
+    """Train; prune the blocks of `groups` on the way; distill from `teacher`, its logits (T, 2)."""
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
     for module in model.modules():
@@ -211,7 +220,7 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
     optimizer = torch.optim.AdamW(parameters, fused=True)
     scores = parameters[2]["params"]
     weights = [p for p in model.parameters() if not any(p is score for score in scores)]
-    parallel = DistributedDataParallel(model) if WORLD > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
     total = epochs * math.ceil(len(windows) / args.batch_size)
 
     def linear(step: int) -> float:                          # warm-up over a tenth, then decay to 0
@@ -223,8 +232,8 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
     model.train()
     bar = tqdm(schedule, total=total, desc=stage, unit="step", disable=QUIET)
     for step, (epoch, indices) in enumerate(bar):
-        penalty = sum(group.advance(step, args.warmup, total - args.cooldown, args.density, weight)
-                      for group, weight in zip(groups, args.penalty * 2))
+        penalty = sum(group.advance(step, args.warmup, total - args.cooldown, args.density, lambda_)
+                      for group, lambda_ in zip(groups, args.lambdas * 2))
         part = indices[RANK::WORLD]                                    # this process's share
         share = len(part) * WORLD / len(indices)
         part = part or indices[:1]
@@ -251,9 +260,6 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
         scheduler.step()
 
 
-# --------------------------------------------------------------------------------------- evaluation
-
-
 def chunks(questions: list[Question], tokenizer: Tokenizer, max_length: int,
            stride: int) -> Iterator[tuple[list[Question], list[Window]]]:
     """256 questions at a time and their windows, so that memory stays bounded."""
@@ -262,23 +268,17 @@ def chunks(questions: list[Question], tokenizer: Tokenizer, max_length: int,
         yield chunk, squad.make_windows(chunk, tokenizer, max_length, stride)
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question], max_length: int,
-            stride: int, size: int = 32, null_threshold: float = 0.0) -> dict[str, str]:
+            stride: int, null_threshold: float = 0.0) -> dict[str, str]:
     """The best answer to every question, by id; for SQuAD v2.0, "" where [CLS] scores higher."""
-    model.eval()
-    pad = tokenizer.token_to_id("[PAD]")
     answers = {}
     bar = tqdm(total=len(questions), desc="evaluate", unit="question", leave=False, disable=QUIET)
     for chunk, windows in chunks(questions, tokenizer, max_length, stride):
-        windows.sort(key=lambda window: len(window.ids))
         best, null = [(-math.inf, "")] * len(chunk), [math.inf] * len(chunk)
-        for low in range(0, len(windows), size):
-            part = windows[low:low + size]
-            batch = collate(part, pad)
-            start, end = model(*batch["inputs"])
+        for indices, batch, start, end in logits_of(model, windows, tokenizer.token_to_id("[PAD]")):
             found = start[:, 0] + end[:, 0], *squad.best_spans(start, end, batch["context"])
-            for window, none, score, first, last in zip(part, *(x.tolist() for x in found)):
+            for i, none, score, first, last in zip(indices, *(x.tolist() for x in found)):
+                window = windows[i]
                 null[window.question] = min(null[window.question], none)
                 if score > best[window.question][0]:
                     text = chunk[window.question].context[window.text(first, last)]
@@ -303,9 +303,6 @@ def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str,
     if missing:
         print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
     return squad.score(predictions, questions)
-
-
-# --------------------------------------------------------------------------------- input and output
 
 
 def questions_in(path: str | None, split: str) -> list[Question]:
@@ -342,17 +339,14 @@ def claim(folder: Path, overwrite: bool) -> TextIO:
     return log
 
 
-# ------------------------------------------------------------------------------------------ the run
-
-
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    if WORLD > 1:
-        distributed.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo",
-                                       timeout=timedelta(days=1))  # while the first one evaluates
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:                                    # all that comes from outside is opened and checked here
         check(args)
+        if WORLD > 1:
+            distributed.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo",
+                                           timeout=timedelta(days=1))   # the first one evaluates
         torch.manual_seed(args.seed)
         dev = questions_in(args.dev, "dev")
         if args.eval:
@@ -361,13 +355,16 @@ def main(argv: list[str] | None = None):
             print(json.dumps(evaluate(args.eval, dev, args)))
             return
         train = questions_in(args.train, "train")
-        layers = [int(i) for i in args.layers.split(",")] if args.layers else None
-        model, tokenizer = open_model(args.model, args.max_length, layers)
+        model, tokenizer = open_model(args.model, args.max_length, args.layers)
         teacher = model
         if args.teacher:
             teacher, vocabulary = open_model(args.teacher, args.max_length)
             if vocabulary.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{args.teacher}: its vocabulary is not that of {args.model}")
+        if args.distill and not (teacher.has_span_head or teacher is model and args.dense_epochs):
+            raise ValueError(f"{args.teacher or args.model}: has no span head and cannot teach; "
+                             "fine-tune it first, with --dense-epochs, or give --distill 0")
+        torch.manual_seed(args.seed + RANK)                # dropout differs between processes
         windows = squad.make_windows(train, tokenizer, args.max_length, args.stride)
         samples = []
         for _, part in chunks(dev, tokenizer, args.max_length, args.stride):
@@ -397,7 +394,8 @@ def main(argv: list[str] | None = None):
         predictions = predict(model, tokenizer, dev, args.max_length, args.stride,
                               null_threshold=args.null_threshold)
         rows[stage] = squad.score(predictions, dev)
-        print(f"{stage}: EM {rows[stage]['exact_match']:.2f}, F1 {rows[stage]['f1']:.2f}", flush=True)
+        em, f1 = rows[stage]["exact_match"], rows[stage]["f1"]
+        print(f"{stage}: EM {em:.2f}, F1 {f1:.2f}", flush=True)
         save_json(out / "predictions.json", predictions)
 
     rows: dict[str, dict[str, float]] = {}
@@ -409,7 +407,7 @@ def main(argv: list[str] | None = None):
         finish("dense", model, "dense" if args.dense_epochs else None)
         # 2. Fine-pruning: the same loop with masks on, and the dense model as teacher.
         if args.distill and args.epochs + args.fill_epochs:
-            logits = teacher_logits(teacher, windows, pad, 32)
+            logits = teacher_logits(teacher, windows, pad)
         del teacher
         attention = ["*.attention.query", "*.attention.key", "*.attention.value"]
         groups = [prune.BlockGroup(model, args.block, attention, ["*.attention.output"],
@@ -419,25 +417,29 @@ def main(argv: list[str] | None = None):
         fit(model, windows, pad, args, args.epochs, "prune", log, groups, logits)
         # 3. Make the zeros permanent.
         prune.bake(model)
+        # 4. Fill: train on what deletion would leave, from its zeros, and write it back.
+        if args.fill_epochs:
+            finish("unfilled", model, "masked")
+            small = compact.compact(model)
+            fit(small, windows, pad, args, args.fill_epochs, "fill", log, teacher=logits)
+            compact.expand(small, model)
         finish("pruned", model, "masked")
-        # 4. Delete them, and prove that nothing else changed.
+        # 5. Delete the zeros, and prove that nothing else changed.
         small = compact.compact(model)
         inputs = sample_inputs(samples, pad)
         try:
             difference = compact.largest_difference(model, small, inputs)
         except ArithmeticError as error:
             sys.exit(f"train.py: {error}; the masked model is in {out / 'masked'}")
-        # 5. Fill: train on what is left, from its zeros.
-        if args.fill_epochs:
-            fit(small, windows, pad, args, args.fill_epochs, "fill", log, teacher=logits)
         finish("compact", small, "compact")
     if WORLD > 1:
         distributed.destroy_process_group()
     if RANK:
         return
-    _, speed = compact.speedups([model, small], inputs[0])
+    speed = compact.speedup(model, small, inputs[0])
     summary = compact.summarise(rows, model, small, difference, speed)
     print(f"\n{compact.layer_table(model, small)}\n\n{compact.closing_table(summary)}\n\n"
+          f"heads that only average: {summary['heads_mean']}\n"
           f"largest difference between pruned and compact logits: {difference:.1e}")
     save_json(out / "summary.json", summary)                         # the run is finished
 

@@ -43,7 +43,7 @@ def read_squad(path: str | Path) -> list[Question]:
     """Read a file in SQuAD's format, v1.1 or v2.0. Raises ValueError, naming the place, or OSError.
     """
     value = read_json(path)
-    return questions_of(value.get("data"), path, str(value.get("version")).lstrip("v")[:1] == "2")
+    return questions_of(value.get("data"), path, bool(re.match(r"v?2\b", str(value.get("version")))))
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
