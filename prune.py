@@ -93,29 +93,24 @@ class BlockGroup:
         if tie and len({len(matches) for matches in found}) > 1:
             raise ValueError(f"{block} ties matrices together, but the patterns match "
                              f"{', '.join(str(len(matches)) for matches in found)} layers")
+        members = [[(linear, position >= len(rows)) for linear in matches]
+                   for position, matches in enumerate(found)]
         self.masks: list[list[BlockMask]] = []          # one inner list for every scores parameter
         self.linears: list[list[nn.Linear]] = []                            # whose weights they are
-        self.weights = 0                                                    # how many in all
-        for position, matches in enumerate(found):
-            transposed = position >= len(rows)
-            for n, linear in enumerate(matches):
+        for tied in zip(*members) if tie else ([member] for part in members for member in part):
+            masks: list[BlockMask] = []
+            for linear, transposed in tied:
                 out, in_ = linear.weight.shape if not transposed else linear.weight.T.shape
                 size = (min(r or out, out), min(c or in_, in_))
                 shape = (-(-out // size[0]), -(-in_ // size[1]))
-                if tie and position > 0:
-                    tied = self.masks[n]
-                    if tied[0].scores.shape != shape:
-                        raise ValueError(f"{block} ties matrices together whose sizes differ")
-                else:
-                    tied = []
-                    self.masks.append(tied)
-                    self.linears.append([])
-                scores = tied[0].scores if tied else nn.Parameter(
-                    linear.weight.new_zeros(shape), requires_grad=method != "magnitude")
-                tied.append(BlockMask(scores, size, transposed))
-                self.linears[n if tie else -1].append(linear)
-                self.weights += linear.weight.numel()
-                parametrize.register_parametrization(linear, "weight", tied[-1])
+                if not masks:
+                    scores = nn.Parameter(linear.weight.new_zeros(shape), method != "magnitude")
+                elif scores.shape != shape:
+                    raise ValueError(f"{block} ties matrices together whose sizes differ")
+                masks.append(BlockMask(scores, size, transposed))
+                parametrize.register_parametrization(linear, "weight", masks[-1])
+            self.masks.append(masks)
+            self.linears.append([linear for linear, _ in tied])
 
     @property
     def scores(self) -> list[nn.Parameter]:
@@ -201,8 +196,10 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list[dict]
 
 def overall_density(groups: Collection[BlockGroup]) -> float:
     """The fraction of weights kept (of blocks, where those at the edges are smaller)."""
-    total = sum(group.weights for group in groups)
-    return sum(group.density * group.weights for group in groups) / total if total else 1.0
+    weights = [sum(linear.in_features * linear.out_features
+                   for tied in group.linears for linear in tied) for group in groups]
+    kept = sum(group.density * count for group, count in zip(groups, weights))
+    return kept / sum(weights) if weights else 1.0
 
 
 def bake(model: nn.Module):

@@ -531,7 +531,7 @@ def test_soft_movement_keeps_what_is_above_the_threshold():
     model = masked_model(num_hidden_layers=2)
     names = ["*.query", "*.key", "*.value"]
     group = prune.BlockGroup(model, "12x9", names, ["*.attention.output"], method="soft-movement")
-    assert group.advance(3, 10, 80, weight=5.0) == 0 and group.density == 1  # v = 1 until then
+    assert group.advance(3, 10, 80, lambda_=5.0) == 0 and group.density == 1  # v = 1 until then
     for scores in group.scores:
         scores.data = torch.randn_like(scores) * 4
     expected = 0.0
@@ -541,7 +541,7 @@ def test_soft_movement_keeps_what_is_above_the_threshold():
             sigmoid = 1 / (1 + torch.exp(-mask.scores))
             expected += sigmoid.mean() / 8
     for step, tau in ((80, 0.1), (45, 0.1 * (1 - 0.5**3)), (1000, 0.1)):
-        penalty = group.advance(step, 10, 80, weight=5.0)
+        penalty = group.advance(step, 10, 80, lambda_=5.0)
         for tied in group.masks:
             scores = tied[0].scores
             assert torch.equal(tied[0].kept == 1, torch.exp(-scores) < 1 / tau - 1)
