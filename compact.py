@@ -265,8 +265,9 @@ def main(argv: list[str] | None = None):
     except (ValueError, OSError, ArithmeticError) as error:
         train.fail(str(error))
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    print(f"\n{layer_table(model, small)}\n\n"
-          f"linear weights of the encoder: {linear_weights(small.layers):,} of "
+    if len(model.layers) == len(small.layers):
+        print(f"\n{layer_table(model, small)}\n")
+    print(f"linear weights of the encoder: {linear_weights(small.layers):,} of "
           f"{linear_weights(model.layers):,}\nall parameters: {after:,} of {before:,}\n"
           f"heads: {sum(small.config.heads_per_layer)} of {sum(model.config.heads_per_layer)}, "
           f"{mean_heads(small)} of them only average\n"

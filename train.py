@@ -220,7 +220,7 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
     optimizer = torch.optim.AdamW(parameters, fused=True)
     scores = parameters[2]["params"]
     weights = [p for p in model.parameters() if not any(p is score for score in scores)]
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    parallel = DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
     total = epochs * math.ceil(len(windows) / args.batch_size)
 
     def linear(step: int) -> float:                          # warm-up over a tenth, then decay to 0
