@@ -15,7 +15,7 @@ constant moves into the next bias.
     small = compact(masked)                                     # a whole model of this project
     query, key, value, output = compact_attention(query, key, value, output, head_size=64)
     python compact.py out/masked out/compact                    # delete, prove, measure
-    python compact.py out/dense --compare out/compact           # size and speed of any two
+    python compact.py out/dense --compare out/compact           # size and speed of a smaller one
     python compact.py out/compact --ask "Who ...?" --context FILE
 
 It is exact in eval mode only: attention dropout would break the sum to 1.
