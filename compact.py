@@ -29,6 +29,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -123,11 +124,9 @@ def largest_difference(masked: nn.Module, small: nn.Module,
     Raises ArithmeticError above float32's rounding: 1e-4 * max(1, largest |logit|).
     """
     masked.eval(), small.eval()
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     pairs = [(torch.stack(masked(*batch)), torch.stack(small(*batch))) for batch in inputs]
     difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()   # NaN if any is
     largest = torch.stack([a.abs().max() for a, _ in pairs]).max().item()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
     if not difference <= 1e-4 * max(1.0, largest) < math.inf:
         raise ArithmeticError(f"masked and compact model differ by {difference:.2g} in logits of "
                               f"up to {largest:.2g}: more than float32's rounding")
@@ -160,12 +159,36 @@ def nonzero_weights(module: nn.Module) -> int:
 def mean_heads(model: nn.Module) -> int:
     """Heads with no Q or no K: a mean over the tokens, whatever the query."""
     count = 0
-    for attention in (layer.attention for layer in model.layers):
-        size = attention.head_size * attention.query.in_features
-        query, key = ((linear.weight.view(-1, size) != 0).any(1)            # (H,)
-                      for linear in (attention.query, attention.key))
+    for a in (layer.attention for layer in model.layers):
+        query, key = ((linear.weight != 0).any(1).view(-1, a.head_size).any(1)              # (H,)
+                      for linear in (a.query, a.key))
         count += int((~query | ~key).sum())
     return count
+
+
+def drawing(model: nn.Module) -> str:
+    """An SVG of a baked model's layers: heads and FFN dimensions, kept (blue) and gone (grey)."""
+    def strip(kept: list[bool], x: int, y: int, dashes: str) -> str:
+        runs = [(on, len([*run])) for on, run in groupby(kept)]
+        path = "".join(f"h{length}" if on else f"m{length} 0" for on, length in runs)
+        return (f'<g transform="translate({x} {y}) scale({220 / max(1, len(kept)):.4f} 1)" '
+                f'stroke-width="14" {dashes}><path stroke="#999" stroke-opacity=".35" '
+                f'd="M0 0h{len(kept)}"/><path stroke="#2f81f7" d="M0 0{path}"/></g>'
+                f'<text x="{x + 228}" y="{y + 4}">{sum(kept)} of {len(kept)}</text>')
+
+    rows = ['<text x="60" y="14">heads</text><text x="370" y="14">FFN dimensions</text>'
+            '<text x="700" y="14">weights left</text>']
+    for i, layer in enumerate(model.layers):
+        a, f, y = layer.attention, layer.ffn, 32 + 22 * i
+        heads = alive(a.value.weight, a.output.weight, a.head_size).tolist()
+        dimensions = alive(f.first.weight, f.second.weight).tolist()
+        left = (sum(heads) * a.head_size * 4 + sum(dimensions) * 2) * a.query.in_features
+        rows += [f'<text x="0" y="{y + 4}">layer {i}</text>',
+                 strip(heads, 60, y, 'stroke-dasharray=".85 .15"'), strip(dimensions, 370, y, ""),
+                 f'<text x="700" y="{y + 4}">{left / max(1, linear_weights(layer)):.1%}</text>']
+    return ('<svg xmlns="http://www.w3.org/2000/svg" fill="#808080" font-family="sans-serif" '
+            f'font-size="13" viewBox="0 0 790 {24 + 22 * len(model.layers)}">\n'
+            + "\n".join([*rows, "</svg>\n"]))
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -181,12 +204,11 @@ def layer_table(dense: nn.Module, small: nn.Module) -> str:
         return ("#" * round(12 * part / max(1, whole))).ljust(12, ".")
     rows = [("layer", "heads", "", "FFN dimensions", "", "linear weights", "left")]
     for i, (a, b) in enumerate(zip(dense.layers, small.layers)):
-        heads, dimensions = ((b.attention.heads, a.attention.heads),
-                             (b.ffn.first.out_features, a.ffn.first.out_features))
-        before, after = linear_weights(a), linear_weights(b)
-        rows.append((str(i), "{} of {}".format(*heads), bar(*heads),
-                     "{} of {}".format(*dimensions), bar(*dimensions),
-                     f"{after:,}", f"{after / max(1, before):.1%}"))
+        heads = b.attention.heads, a.attention.heads
+        dimensions = b.ffn.first.out_features, a.ffn.first.out_features
+        left = linear_weights(b), linear_weights(b) / max(1, linear_weights(a))
+        rows.append((str(i), "{} of {}".format(*heads), bar(*heads), "{} of {}".format(*dimensions),
+                     bar(*dimensions), f"{left[0]:,}", f"{left[1]:.1%}"))
     return table(*rows)
 
 
@@ -225,8 +247,7 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("model", help="folder of a saved model")
     add("target", nargs="?", help="folder for the compact model")
-    add("--dev", metavar="FILE", help="questions in SQuAD's format on which to compare the models "
-        "(default: the generated corpus)")
+    add("--dev", metavar="FILE", help="SQuAD's JSON to compare on (default: the generated corpus)")
     add("--compare", metavar="FOLDER", help="compare with a smaller saved model: size and speed")
     add("--ask", metavar="QUESTION", help="answer a question from the text in --context")
     add("--context", metavar="FILE", help="a text file")
@@ -240,18 +261,16 @@ def main(argv: list[str] | None = None):
         model, tokenizer = train.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         if args.ask:
-            try:
-                text = Path(args.context).read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError:
-                raise ValueError(f"{args.context}: not a text in UTF-8") from None
-            if not text.strip() or not args.ask.strip():
-                raise ValueError(f"{args.context}: the context or the question is empty")
-            question = squad.Question("--ask", args.ask.strip(), text, [], None)
-            print(train.predict(model, tokenizer, [question], length, length // 3)["--ask"])
+            text = Path(args.context).read_text(encoding="utf-8-sig", errors="surrogateescape")
+            qas = [{"id": "--ask", "question": args.ask, "answers": []}]
+            questions = squad.questions_of([{"paragraphs": [{"context": text, "qas": qas}]}],
+                                           args.context)
+            print(squad.predict(model, tokenizer, questions, length, length // 3)["--ask"])
             return
         questions = train.questions_in(args.dev, "dev")[:256]
         windows = squad.make_windows(questions, tokenizer, length, length // 3)
         inputs = train.sample_inputs(windows, tokenizer.token_to_id("[PAD]"))
+        difference = math.nan
         if args.compare:
             small, _ = train.open_model(args.compare, length)
             shapes = [[p.shape for p in m.embeddings.parameters()] for m in (model, small)]
@@ -261,17 +280,17 @@ def main(argv: list[str] | None = None):
             small = compact(model)
             difference = largest_difference(model, small, inputs)
             small.save_pretrained(args.target, args.model)
+            (Path(args.target) / "layers.svg").write_text(drawing(model))
             print(f"largest difference in logits, {len(questions)} questions: {difference:.1e}")
     except (ValueError, OSError, ArithmeticError) as error:
         train.fail(str(error))
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     if len(model.layers) == len(small.layers):
         print(f"\n{layer_table(model, small)}\n")
-    print(f"linear weights of the encoder: {linear_weights(small.layers):,} of "
-          f"{linear_weights(model.layers):,}\nall parameters: {after:,} of {before:,}\n"
-          f"heads: {sum(small.config.heads_per_layer)} of {sum(model.config.heads_per_layer)}, "
-          f"{mean_heads(small)} of them only average\n"
-          f"speed: {speedup(model, small, inputs[0]):.2f}x")
+    s = summarise({}, model, small, difference, speedup(model, small, inputs[0]))
+    print(f"linear weights of the encoder: {s['compact_density']:.1%} left\n"
+          f"all parameters: {s['parameters_compact']:,} of {s['parameters_dense']:,}\n"
+          f"heads: {s['heads_kept']} of {s['heads_total']}, {s['heads_mean']} only average\n"
+          f"speed: {s['speedup']:.2f}x")
 
 
 if __name__ == "__main__":

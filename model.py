@@ -23,10 +23,13 @@ import shutil
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -63,25 +66,23 @@ class BertConfig:
     def __post_init__(self):
         for field in fields(self)[:-2]:
             value, kind = getattr(self, field.name), type(field.default)
+            most = 1000 if field.name == "num_hidden_layers" else 10**6
             if type(value) not in ((int, float) if kind is float else (kind,)) or \
-                    kind is int and not 1 <= value < 2**31 or kind is float and not 0 <= value < 1:
+                    kind is int and not 1 <= value <= most or kind is float and not 0 <= value < 1:
                 raise ValueError(f"{field.name} is {value!r}; a typical value is {field.default!r}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {[*ACTIVATIONS]}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
-        self.heads_per_layer = self._per_layer("heads_per_layer", self.num_attention_heads)
-        self.ffn_per_layer = self._per_layer("ffn_per_layer", self.intermediate_size)
-
-    def _per_layer(self, name: str, most: int) -> list[int]:
-        sizes = getattr(self, name)
-        if sizes is None:
-            return [most] * self.num_hidden_layers
-        if not isinstance(sizes, list) or len(sizes) != self.num_hidden_layers or \
-                not all(type(size) is int and 0 <= size <= most for size in sizes):
-            raise ValueError(f"{name} must be {self.num_hidden_layers} numbers from 0 to {most}")
-        return sizes
+        for name, most in (("heads_per_layer", self.num_attention_heads),
+                           ("ffn_per_layer", self.intermediate_size)):
+            sizes = getattr(self, name)
+            if sizes is None:
+                setattr(self, name, [most] * self.num_hidden_layers)
+            elif not isinstance(sizes, list) or len(sizes) != self.num_hidden_layers or \
+                    not all(type(size) is int and 0 <= size <= most for size in sizes):
+                raise ValueError(f"{name} must be {self.num_hidden_layers} numbers, 0 to {most}")
 
     @property
     def head_size(self) -> int:
@@ -264,7 +265,7 @@ class BertForQuestionAnswering(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()}
-        write_safetensors(folder / "model.safetensors", tensors)
+        write_safetensors(folder / "model.safetensors", dict(sorted(tensors.items())))
         save_json(folder / "config.json", self.config.values())
         for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if source else ():
             path = Path(source) / name
@@ -320,11 +321,22 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that appears whole, or not at all, even if the machine stops."""
+    partial_path = Path(f"{path}.partial")
+    try:
+        with open(partial_path, "wb") as file:
+            yield file
+            file.flush(), os.fsync(file.fileno())
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
 def save_json(path: Path, value):
-    """Write JSON; the file appears whole or not at all."""
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial_path, path)
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -333,9 +345,13 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         return path, read_safetensors(path)
     if not (path := folder / "pytorch_model.bin").exists():
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
-    try:                                                     # weights are data, never code
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return path, {str(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
+    return path, {str(name): t for name, t in read_torch(path).items() if isinstance(t, Tensor)}
+
+
+def read_torch(path: Path) -> dict:
+    """Read what torch.save wrote: data, never code. Raises ValueError."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                               # a damaged file raises anything
         raise ValueError(f"{path}: not a plain file of tensors ({type(error).__name__})") from None
 
@@ -355,7 +371,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-        if length > size - 8 or length > 100_000_000:
+        if length > size - 8 or length > 1_000_000:                      # 10,000 tensors
             raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; "
                              "the file is cut off or not in the safetensors format")
         try:
@@ -388,7 +404,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]):
-    """Write tensors in the safetensors format; the file appears whole or not at all."""
+    """Write tensors in the safetensors format."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -397,9 +413,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]):
                         "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                               # tensors start at a multiple of 8
-    partial_path = Path(f"{path}.partial")
-    with open(partial_path, "wb") as file:
+    with whole_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    os.replace(partial_path, path)

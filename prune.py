@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+METHODS = ("movement", "soft-movement", "magnitude")
 TAU = 0.1                                       # soft movement pruning's final threshold
 
 
@@ -79,8 +80,10 @@ class BlockGroup:
         unit     rows that belong together (a head's size). Where the block is r x all and r a
                  multiple of `unit`, the n-th match of every pattern shares its scores, so that
                  the same rows and columns go; its gradient is the sum over all of them.
-        method   "movement", "soft-movement" or "magnitude", where scores are not learned
+        method   one of METHODS; magnitude's scores are not learned
         """
+        if method not in METHODS or isinstance(rows, str) or isinstance(columns, str):
+            raise ValueError(f"give a list of names and one of {METHODS}, not {rows!r}, {method!r}")
         self.method = method
         linears = {name: module for name, module in model.named_modules()
                    if isinstance(module, nn.Linear) and module.weight.numel()}
@@ -108,7 +111,8 @@ class BlockGroup:
                 elif scores.shape != shape:
                     raise ValueError(f"{block} ties matrices together whose sizes differ")
                 masks.append(BlockMask(scores, size, transposed))
-                parametrize.register_parametrization(linear, "weight", masks[-1])
+                # unsafe: without a check that would compute, and hold, every weight once
+                parametrize.register_parametrization(linear, "weight", masks[-1], unsafe=True)
             self.masks.append(masks)
             self.linears.append([linear for linear, _ in tied])
 
@@ -121,9 +125,9 @@ class BlockGroup:
         """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index."""
         if self.method == "magnitude":
             for tied, linears in zip(self.masks, self.linears):
-                tied[0].scores.copy_(sum(
-                    mask.magnitude(linear.parametrizations.weight.original)
-                    for mask, linear in zip(tied, linears)) / len(tied))
+                sizes = [mask.magnitude(linear.parametrizations.weight.original)
+                         for mask, linear in zip(tied, linears)]
+                tied[0].scores.copy_(sum(sizes) / len(sizes))
         scores = torch.cat([scores.flatten() for scores in self.scores])
         kept = best(scores, round(density * scores.numel())).split([s.numel() for s in self.scores])
         for tied, part in zip(self.masks, kept):

@@ -7,7 +7,6 @@ Every file is checked before it gets its name, so that none is there in part. Fi
 already stay as they are.
 """
 import argparse
-import os
 import shutil
 import sys
 from http.client import HTTPException
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
-from model import read_json, read_safetensors  # noqa: E402
+from model import read_json, read_safetensors, whole_file  # noqa: E402
 
 CHECKPOINT = "config.json vocab.txt tokenizer_config.json tokenizer.json model.safetensors".split()
 
@@ -28,21 +27,17 @@ def fetch(url: str, path: Path):
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with urlopen(url, timeout=60) as response, open(partial, "wb") as file:
-            size = int(response.headers.get("Content-Length", -1))
-            with tqdm.wrapattr(file, "write", size, desc=path.name, disable=None) as stream:
-                shutil.copyfileobj(response, stream)
-        if size not in (-1, partial.stat().st_size):
-            raise ValueError(f"{partial.stat().st_size} of {size} bytes came; try again")
+    with urlopen(url, timeout=60) as response, whole_file(path) as file:
+        size = int(response.headers.get("Content-Length", -1))
+        with tqdm.wrapattr(file, "write", size, desc=path.name, disable=None) as stream:
+            shutil.copyfileobj(response, stream)
+        if size not in (-1, file.tell()):
+            raise ValueError(f"{file.tell()} of {size} bytes came; try again")
+        file.flush()
         if path.suffix == ".json":
-            read_json(partial)
+            read_json(file.name)
         elif path.suffix == ".safetensors":
-            read_safetensors(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            read_safetensors(file.name)
     print(path)
 
 
@@ -53,9 +48,8 @@ def main(argv: list[str] | None = None):
     add("--version", default="1.1", choices=("1.1", "2.0"), help="SQuAD's version")
     add("--model", default="bert-base-uncased", help="a checkpoint of the BERT family")
     add("--folder", type=Path, default=DATA, help="where to put the files")
-    add("--squad-url", default="https://rajpurkar.github.io/SQuAD-explorer/dataset",
-        help="base address of SQuAD")
-    add("--model-url", default="https://huggingface.co", help="base address of checkpoints")
+    add("--squad-url", default="https://rajpurkar.github.io/SQuAD-explorer/dataset", help="SQuAD")
+    add("--model-url", default="https://huggingface.co", help="checkpoints")
     args = parser.parse_args(argv)
     folder = args.folder / args.model.rpartition("/")[2]
     files = [(f"{args.squad_url}/{name}", args.folder / name)

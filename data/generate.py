@@ -6,34 +6,17 @@ development set occurs in training.
 
     python data/generate.py dev > dev.json           # to look at
 """
+import argparse
 import json
 import random
-import re
-import string
-import sys
+from pathlib import Path
 
 ARTICLES = {"train": 40, "dev": 4, "pretrain": 250}          # of 50 paragraphs each
 SYLLABLES = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in "lnr"]
-FIRST = ("Adam Anna Ben Clara David Emma Frank Grace Henry Ida Jack Kate Leo Mary Nora Oscar Paul "
-         "Rose Sam Vera").split()
-LAST = ("Archer Bishop Carter Dyer Fisher Glover Hunter Knight Mason Page Parker Piper Porter "
-        "Shepherd Slater Smith Taylor Turner Walker Wright").split()
-JOBS = ("baker carpenter cook doctor driver farmer gardener judge lawyer miller nurse painter "
-        "pilot potter sailor singer tailor teacher waiter weaver").split()
 YEARS = [str(year) for year in range(1950, 2020)]
-# relation: statements about a person {p}, and questions that the answer {a} is to
-RELATIONS = {
-    "birth": (["{p} was born in {a}.", "{p} comes from {a}."],
-              ["Where was {p} born?", "Which town does {p} come from?"]),
-    "home": (["{p} lives in {a}.", "The home of {p} is in {a}."],
-             ["Where does {p} live?", "Where is the home of {p}?"]),
-    "dog": (["{p} has a dog called {a}.", "The dog of {p} is called {a}."],
-            ["What is the dog of {p} called?"]),
-    "job": (["{p} works as a {a}.", "{p} is a {a} by trade."],
-            ["What is the job of {p}?", "What does {p} work as?"]),
-    "school": (["{p} left school in {a}.", "In {a}, {p} left school."],
-               ["When did {p} leave school?", "In which year did {p} leave school?"]),
-}
+# Names, jobs and relations: statements about a person {p}, questions that the answer {a} is to.
+TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(encoding="utf-8"))
+FIRST, LAST, JOBS, RELATIONS = TEMPLATES.values()
 
 
 def corpus(split: str) -> list[dict]:
@@ -45,9 +28,9 @@ def corpus(split: str) -> list[dict]:
         random.Random(0).shuffle(group)
         cut = len(group) * 4 // 5
         group[:] = group[cut:] if split == "dev" else group[:cut]
-    return [{"title": f"{split} {a}", "paragraphs": [
-        paragraph(rng, people, names, f"{split}-{a}-{p}", split == "pretrain") for p in range(50)]}
-        for a in range(ARTICLES[split])]
+    return [{"title": f"{split} {a}", "paragraphs": [paragraph(
+        rng, people, names, f"{split}-{a}-{p}", split == "pretrain") for p in range(50)]}
+            for a in range(ARTICLES[split])]
 
 
 def paragraph(rng: random.Random, people: list[str], names: list[str], id_: str,
@@ -68,7 +51,7 @@ def paragraph(rng: random.Random, people: list[str], names: list[str], id_: str,
     asked = rng.sample(facts, min(4, len(facts)))
     context, qas = "", []
     for person, answer, relation in facts:
-        statements, questions = RELATIONS[relation]
+        statements, questions = RELATIONS[relation].values()
         sentence = rng.choice(statements).format(p=person, a=answer)
         if (person, answer, relation) in asked:
             question = rng.choice(statements if pretrain else questions).format(p=person, a="_")
@@ -81,13 +64,7 @@ def paragraph(rng: random.Random, people: list[str], names: list[str], id_: str,
     return {"context": context.strip(), "qas": qas}
 
 
-def vocabulary() -> list[str]:
-    """WordPiece's vocabulary: the templates' words, syllables, single characters for the rest."""
-    words = {*re.findall("[a-z]{2,}", str([FIRST, LAST, JOBS, *RELATIONS.values()]).lower())}
-    pieces = [*SYLLABLES, *string.ascii_lowercase, *string.digits, *(f"{n:02}" for n in range(100))]
-    return [*dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation,
-                            *sorted(words), *pieces, *(f"##{piece}" for piece in pieces)])]
-
-
 if __name__ == "__main__":
-    print(json.dumps({"version": "1.1", "data": corpus(*sys.argv[1:] or ["dev"])}, indent=1))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("split", nargs="?", default="dev", choices=ARTICLES)
+    print(json.dumps({"version": "1.1", "data": corpus(parser.parse_args().split)}, indent=1))

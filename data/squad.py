@@ -12,11 +12,14 @@ al., BERT, 2018 (arXiv 1810.04805), section 4.2.
 
 Shapes in comments: B batch, T tokens.
 """
+import math
+import random
 import re
 import string
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer, Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from model import read_json
 
@@ -42,8 +47,8 @@ class Question:
 def read_squad(path: str | Path) -> list[Question]:
     """Read a file in SQuAD's format, v1.1 or v2.0. Raises ValueError, naming the place, or OSError.
     """
-    value = read_json(path)
-    return questions_of(value.get("data"), path, bool(re.match(r"v?2\b", str(value.get("version")))))
+    file = read_json(path)
+    return questions_of(file.get("data"), path, bool(re.match(r"v?2\b", f"{file.get('version')}")))
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
@@ -63,7 +68,7 @@ def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Que
             raise ValueError(f"{path}: {place}: {key!r} is empty or no text; mend or remove it")
         return entry[key]
 
-    questions, seen = [], set()
+    questions = []
     for a, article in enumerate(get({"data": articles}, "data", list, "top level")):
         for p, paragraph in enumerate(get(article, "paragraphs", list, f"data[{a}]")):
             place = f"data[{a}].paragraphs[{p}]"
@@ -76,17 +81,18 @@ def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Que
                 for answer in get(entry, "answers", list, here):
                     answers.append(get(answer, "text", str, here))
                     begin = get(answer, "answer_start", int, here)
-                    found = context[max(begin, 0):max(begin, 0) + len(answers[-1])]
-                    if begin < 0 or simplified(found) != simplified(answers[-1]):
+                    n = len(answers[-1])               # or longer or shorter, in another form
+                    end = next((e for e in (begin + n, *range(begin, begin + 2 * n + 1)) if
+                                simplified(context[begin:e]) == simplified(answers[-1])), -1)
+                    if begin < 0 or end < 0:
                         raise ValueError(f"{path}: {here}: {answers[-1]!r} is not at its offset "
-                                         f"{begin}, {found!r} is; mend answer_start")
-                    spans.append((begin, begin + len(found)))
-                if id_ in seen:
-                    print(f"{path}: {here}: this id occurs more than once", file=sys.stderr)
-                seen.add(id_)
+                                         f"{begin}, {context[begin:begin + n]!r} is; mend it")
+                    spans.append((begin, end))
                 questions.append(Question(id_, text, context, answers, (spans or [None])[0], v2))
     if not questions:
         raise ValueError(f"{path}: holds no question")
+    if again := [id_ for id_, n in Counter(q.id for q in questions).items() if n > 1]:
+        print(f"{path}: {len(again)} ids occur more than once, as {again[0]} does", file=sys.stderr)
     return questions
 
 
@@ -104,8 +110,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         if path.exists():
             tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
+            tokenizer.no_truncation(), tokenizer.no_padding()
         else:
             path = Path(folder) / "vocab.txt"
             lower = (read_json(settings) if settings.exists() else {}).get("do_lower_case", True)
@@ -126,6 +131,7 @@ class Window:
     ids: Tensor                              # (T,) [CLS] question [SEP] context part [SEP]
     first: int                               # the position of the context part's first token
     offsets: np.ndarray                      # (tokens of the context part, 2): characters
+    id: str                                  # the question's
     start: int = 0                           # target positions; 0, [CLS], where there is none
     end: int = 0
 
@@ -160,11 +166,33 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer, max_length: in
         for low in range(0, max(len(ids) - stride, 1), room - stride):
             part = slice(low, low + room)
             tokens = torch.tensor([*prefix, *ids[part], sep])
-            window = Window(index, tokens, len(prefix), offsets[part])
+            window = Window(index, tokens, len(prefix), offsets[part], question.id)
             if len(answer) and low <= answer[0] and answer[-1] < low + room:
                 window.start, window.end = (len(prefix) + int(answer[i]) - low for i in (0, -1))
             windows.append(window)
     return windows
+
+
+def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[list[int]]:
+    """One epoch's batches of window indices, of similar length: sorted in chunks of 50 batches."""
+    rng, order = random.Random(f"{seed} {epoch}"), list(range(len(windows)))
+    rng.shuffle(order)
+    chunks = (order[i:i + 50 * size] for i in range(0, len(order), 50 * size))
+    order = [i for chunk in chunks for i in sorted(chunk, key=lambda i: len(windows[i].ids))]
+    result = [order[i:i + size] for i in range(0, len(order), size)]
+    rng.shuffle(result)
+    return result
+
+
+def collate(windows: list[Window], pad: int, device: torch.device) -> dict:
+    """Pad windows to the longest: the model's inputs, its targets, and where the context lies."""
+    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)  # (B, T)
+    numbers = [(len(w.ids), w.first, w.start, w.end) for w in windows]
+    length, first, start, end = torch.tensor(numbers, device=device).unbind(1)         # (B,) each
+    position = torch.arange(ids.shape[1], device=device)                               # (T,)
+    mask, second = position < length[:, None], position >= first[:, None]              # (B, T)
+    return {"inputs": (ids.to(device), mask, (second & mask).long()), "mask": mask, "start": start,
+            "end": end, "context": second & (position < length[:, None] - 1)}
 
 
 def best_spans(start: Tensor, end: Tensor, context: Tensor,
@@ -178,6 +206,45 @@ def best_spans(start: Tensor, end: Tensor, context: Tensor,
     best_end, length = reach.max(-1)
     score, first = (start + best_end).max(-1)
     return score, first, first + length.gather(1, first[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, windows: list[Window], pad: int,
+              size: int = 32) -> Iterator[tuple[list[int], dict, Tensor, Tensor]]:
+    """All windows in batches of similar length: indices, batch, start and end logits (B, T)."""
+    model.eval()
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
+    for low in reversed(range(0, len(order), size)):           # long ones first: memory is reused
+        indices = order[low:low + size]
+        batch = collate([windows[i] for i in indices], pad, next(model.parameters()).device)
+        yield indices, batch, *model(*batch["inputs"])
+
+
+def chunks(questions: list[Question], tokenizer: Tokenizer, max_length: int,
+           stride: int) -> Iterator[tuple[list[Question], list[Window]]]:
+    """256 questions at a time and their windows, so that memory stays bounded."""
+    for low in range(0, len(questions), 256):
+        chunk = questions[low:low + 256]
+        yield chunk, make_windows(chunk, tokenizer, max_length, stride)
+
+
+def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question], max_length: int,
+            stride: int, null_threshold: float = 0.0) -> dict[str, str]:
+    """The best answer to every question, by id; for SQuAD v2.0, "" where [CLS] scores higher."""
+    answers, pad = {}, tokenizer.token_to_id("[PAD]")
+    for chunk, windows in tqdm(chunks(questions, tokenizer, max_length, stride), "evaluate",
+                               math.ceil(len(questions) / 256), leave=False, disable=None):
+        best, null = [(-math.inf, "")] * len(chunk), [math.inf] * len(chunk)
+        for indices, batch, start, end in logits_of(model, windows, pad):
+            found = start[:, 0] + end[:, 0], *best_spans(start, end, batch["context"])
+            for i, none, score, first, last in zip(indices, *(x.tolist() for x in found)):
+                q = windows[i].question
+                null[q] = min(null[q], none)
+                if score > best[q][0]:
+                    best[q] = score, chunk[q].context[windows[i].text(first, last)]
+        for question, none, (score, text) in zip(chunk, null, best):
+            answers[question.id] = "" if question.v2 and none - score > null_threshold else text
+    return answers
 
 
 # ----------------------------------------------------------------------------------- SQuAD's metric
