@@ -124,6 +124,7 @@ def largest_difference(masked: nn.Module, small: nn.Module,
     Raises ArithmeticError above float32's rounding: 1e-4 * max(1, largest |logit|).
     """
     masked.eval(), small.eval()
+    torch.backends.cuda.matmul.allow_tf32 = False
     pairs = [(torch.stack(masked(*batch)), torch.stack(small(*batch))) for batch in inputs]
     difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()   # NaN if any is
     largest = torch.stack([a.abs().max() for a, _ in pairs]).max().item()

@@ -65,16 +65,17 @@ class BertConfig:
 
     def __post_init__(self):
         for field in fields(self)[:-2]:
-            value, kind = getattr(self, field.name), type(field.default)
-            most = 1000 if field.name == "num_hidden_layers" else 10**6
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            low, top = 1 + (name == "type_vocab_size"), 1000 if "layers" in name else 10**6
             if type(value) not in ((int, float) if kind is float else (kind,)) or \
-                    kind is int and not 1 <= value <= most or kind is float and not 0 <= value < 1:
-                raise ValueError(f"{field.name} is {value!r}; a typical value is {field.default!r}")
+                    kind is float and not 0 <= value < 1 or kind is int and not low <= value <= top:
+                raise ValueError(f"{name} is {value!r}; a typical value is {field.default!r}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {[*ACTIVATIONS]}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
+        self.head_size = self.hidden_size // self.num_attention_heads                   # D
         for name, most in (("heads_per_layer", self.num_attention_heads),
                            ("ffn_per_layer", self.intermediate_size)):
             sizes = getattr(self, name)
@@ -83,10 +84,6 @@ class BertConfig:
             elif not isinstance(sizes, list) or len(sizes) != self.num_hidden_layers or \
                     not all(type(size) is int and 0 <= size <= most for size in sizes):
                 raise ValueError(f"{name} must be {self.num_hidden_layers} numbers, 0 to {most}")
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def read(cls, path: Path) -> BertConfig:
@@ -209,14 +206,12 @@ class BertForQuestionAnswering(nn.Module):
         """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = None
-        if attention_mask is not None:
-            mask = attention_mask[:, None, None, :].bool()                            # (B, 1, 1, T)
+        mask = attention_mask                                             # (B, T) -> (B, 1, 1, T)
+        mask = None if mask is None else mask[:, None, None, :].bool()
         x = self.embeddings(input_ids, token_type_ids)                                   # (B, T, C)
         for layer in self.layers:
             x = layer(x, mask)
-        start, end = self.span(x).unbind(-1)
-        return start, end
+        return self.span(x).unbind(-1)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path,
@@ -330,6 +325,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush(), os.fsync(file.fileno())
         os.replace(partial_path, path)
+    except (OSError, RuntimeError) as error:                   # torch.save's word for a full disk
+        raise OSError(f"{path}: not written ({error.__context__ or error}); make room") from None
     finally:
         partial_path.unlink(missing_ok=True)
 
@@ -345,7 +342,9 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         return path, read_safetensors(path)
     if not (path := folder / "pytorch_model.bin").exists():
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
-    return path, {str(name): t for name, t in read_torch(path).items() if isinstance(t, Tensor)}
+    return path, {str(name): t for name, t in read_torch(path).items() if isinstance(t, Tensor)
+                  and t.layout == torch.strided and t.device.type == "cpu"
+                  and t.untyped_storage().nbytes() >= t.nbytes}
 
 
 def read_torch(path: Path) -> dict:
@@ -389,10 +388,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors, position, start = {}, 0, 8 + length
     for begin, end, dtype, shape, name in spans:
-        count = prod(shape)
+        count = prod(shape[:9])
         if end > size - start:
             raise ValueError(f"{path}: cut off in {name!r}, after {size} bytes; get the file again")
-        if begin != position or end - begin != count * dtype.itemsize or max([0, *shape]) > size:
+        if begin != position or end - begin != count * dtype.itemsize or len(shape) > 8 or \
+                prod(n or 1 for n in shape) > 2**60:
             raise ValueError(f"{path}: the bytes of {name!r} do not fit its shape, overlap others "
                              "or leave a gap; get the file again")
         tensors[name] = torch.empty(shape, dtype=dtype) if not count else torch.frombuffer(

@@ -305,6 +305,10 @@ def test_broken_safetensors_are_refused(tmp_path):
         [1],
         7,
         {"a": entry(0, 16, [2**70])},
+        {"a": entry(0, 0, [0] + [1000] * 7)},
+        {"a": entry(0, 4, [1] * 300_000)},
+        {"a": entry(0, 16, [9] * 300_000)},
+        {"a": entry(8, 4, [9] * 9), "b": entry(0, 8, [2])},
     ):
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
@@ -890,6 +894,18 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/log.jsonl").write_text("{}\n")
     (tmp_path / "predictions.json").write_text('{"a": 3}')
+    for name in ("twice", "one"):
+        shutil.copytree(model, tmp_path / name)
+    with open(tmp_path / "twice/vocab.txt", "a") as file:  # ids beyond the model's
+        file.write("dog\n" * 1000 + "dogs\n")
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    save_json(tmp_path / "one/config.json", {**config, "type_vocab_size": 1})
+    article = json.loads(data.read_text())
+    article["data"][0]["paragraphs"][0]["qas"][0] |= {
+        "id": "two\nlines",
+        "answers": [{"text": "not there " * 5000, "answer_start": 3}],
+    }
+    save_json(tmp_path / "lines.json", article)
     for arguments, word in (
         (["--block", "32x"], "32x"),
         (["--ffn-block", "0x0"], "0x0"),
@@ -917,6 +933,13 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
             "steps of pruning",
         ),
         ([*real, "--model", tmp_path / "no"], "config.json"),
+        ([*real, "--model", tmp_path / "twice"], "take both from"),
+        ([*real, "--model", tmp_path / "one"], "type_vocab_size"),
+        ([*real, "--out", tmp_path, "--model", tmp_path / "masked"], "another --out"),
+        ([*real, "--out", tmp_path, "--teacher", tmp_path / "x/../dense"], "another --out"),
+        ([*real, "--train", tmp_path / "lines.json"], "not at its offset"),
+        ([*real, "--train", tmp_path], "directory"),
+        ([*real, "--max-length", 160, "--stride", 32, "--out", data], "data.json"),
         ([*real, "--dev", tmp_path / "no"], "no"),
         (
             [*real, "--max-length", "160", "--stride", "32", "--out", tmp_path / "unfinished"],
@@ -1756,11 +1779,11 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     questions = {q.id: q for q in squad.read_squad(data)}
     flags = [*TINY, "--model", tmp_path / "model", "--train", data, "--dev", data]
     status, message = run_error(*flags, "--out", tmp_path / "out")
-    assert status == 2 and message.count("\n") == 1 and "the loss is nan at step" in message
+    assert status == 2 and message.count("\n") == 1 and "loss nan, gradient nan at step" in message
     ids = message.split("questions ")[1].split(";")[0].split(", ")
     assert any("dog" in questions[id_].context for id_ in ids) and len(ids) == 4
     step = int(re.search(r"at step (\d+)", message)[1])
-    assert len(log_of(tmp_path / "out")) == step and "learning rate" in message
+    assert len(log_of(tmp_path / "out")) == step and "learning rate 0.00" in message
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "out"))
 
 
@@ -1861,6 +1884,12 @@ def test_weights_are_never_code(tmp_path):
     )
     message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
     assert "pytorch_model.bin" in message and not Path("harmed").exists()
+    # A tensor larger than the file, or one without numbers, is not taken for a weight.
+    name = "bert.embeddings.word_embeddings.weight"
+    for tensor in (torch.zeros(1, 1).expand(1000, 48), torch.zeros(1000, 48, device="meta")):
+        torch.save({name: tensor, "qa_outputs.bias": torch.zeros(2)}, folder / "pytorch_model.bin")
+        message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+        assert f"no weight {name!r}" in message
 
 
 def test_absurd_configurations_ask_for_no_memory(tmp_path):

@@ -116,10 +116,12 @@ def layer_numbers(text: str) -> list[int]:
 def check(args: Namespace):
     """Settings that make no sense raise ValueError."""
     prune.parse_block(args.block), prune.parse_block(args.ffn_block)
-    if not args.eval and bool(args.train) != bool(args.dev):
-        raise ValueError("--train and --dev go together; without both, the generated corpus serves")
-    if not args.eval and not args.model:
-        raise ValueError("--train needs --model; python data/download.py gets bert-base-uncased")
+    if not args.eval and (bool(args.train) != bool(args.dev) or not args.model):
+        raise ValueError("--train, --dev and --model go together; see python data/download.py")
+    written = ["masked", "compact", *["dense"] * bool(args.dense_epochs)]
+    for path in filter(None, (args.model, args.teacher)):
+        if Path(path).resolve() in [(Path(args.out) / name).resolve() for name in written]:
+            raise ValueError(f"{path}: the run would write over it; give another --out")
     if len(args.lambdas) > 2 or not all(0 <= value < math.inf for value in args.lambdas):
         raise ValueError(f"--lambda {args.lambdas}: give one number, or two: attention's and FFN's")
     if args.layers and args.distill and not args.teacher and not args.dense_epochs:
@@ -130,7 +132,7 @@ def check(args: Namespace):
 def fail(message: str, status: int = 2):
     """One line on standard error, and the end."""
     if RANK == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(Path(sys.argv[0]).name, " ".join(message.split()), sep=": ", file=sys.stderr)
     sys.exit(status)
 
 
@@ -187,13 +189,12 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
     weights = [p for p in model.parameters() if not any(p is score for score in scores)]
     parallel = DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
     total = epochs * math.ceil(len(windows) / args.batch_size)
-
     schedule = ((epoch, indices) for epoch in range(epochs)
                 for indices in squad.batches(windows, args.batch_size, epoch, args.seed))
     done = 0
     if state and state["stage"] == stage:
         done = state["step"]
-        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model")), optimizer.load_state_dict(state.pop("optimizer"))
     else:
         save(stage, 0, model, optimizer)
     stop: list[int] = []
@@ -219,19 +220,19 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
             logits = parallel(*batch["inputs"])
         loss = share * span_loss(logits, batch, args.distill if teacher else 0.0) + penalty
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = nn.utils.clip_grad_norm_(weights, 1.0)
         nn.utils.clip_grad_norm_(scores, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = loss.detach()
+        sums = torch.stack([loss.detach(), loss.new_tensor(len(stop))])   # all processes agree on
         if WORLD > 1:
-            distributed.all_reduce(loss)
-        line = {"stage": stage, "epoch": epoch, "step": step, "loss": loss.item() / WORLD,
+            distributed.all_reduce(sums)
+        line = {"stage": stage, "epoch": epoch, "step": step, "loss": sums[0].item() / WORLD,
                 "density": prune.overall_density(groups), "lr": lr}
-        if not math.isfinite(line["loss"]):
+        if not math.isfinite(line["loss"] + norm.item()):
             ids = ", ".join(windows[i].id for i in indices)
-            raise ArithmeticError(f"{stage}: the loss is {line['loss']} at step {step}, learning "
-                                  f"rate {lr:.3g}, questions {ids}; lower --lr or look at these")
+            raise ArithmeticError(f"{stage}: loss {line['loss']}, gradient {norm:.3g} at step "
+                                  f"{step}, learning rate {lr:.3g}, questions {ids}; lower --lr")
         log.write(json.dumps(line) + "\n")
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")},
                         refresh=False)
@@ -239,9 +240,9 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
                 step in (total - args.cooldown, total - 1):
             bar.write("the threshold keeps " + ("every block; raise" if line["density"] else
                                                 "no block; lower") + " --lambda", sys.stderr)
-        if stop or (step + 1) % args.save_every == 0 or (step + 1) % (total // epochs) == 0:
+        if sums[1] or (step + 1) % args.save_every == 0 or (step + 1) % (total // epochs) == 0:
             save(stage, step + 1, model, optimizer)
-        if stop:
+        if sums[1]:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, handler)
 
@@ -271,7 +272,7 @@ def open_model(folder: str, max_length: int = 0, layers: list[int] | None = None
     """A saved model and its tokenizer, checked against each other and against the window."""
     model = BertForQuestionAnswering.from_pretrained(folder, layers)
     tokenizer = squad.load_tokenizer(folder)
-    known, size = tokenizer.get_vocab_size(), model.config.vocab_size
+    known, size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
     if known > size:
         raise ValueError(f"{folder}: the tokenizer has {known} tokens, the model {size}; "
                          "take both from the same checkpoint")
@@ -371,20 +372,17 @@ def run(args: Namespace):
     for name, part in (("train", train), ("dev", dev)):
         settings[name] = f"{len(part)} questions (crc {zlib.crc32(repr(part).encode()):08x})"
     log, state = claim(out, args, settings)
-    if args.offline:
-        print("Training on a small generated corpus; README.md says how to train on SQuAD.")
-    print(f"{len(train)} questions to train on, {len(windows)} windows; {len(dev)} to evaluate on")
+    print(f"{len(train)} questions to train on, {len(windows)} windows; {len(dev)} to evaluate on"
+          + " (a generated corpus; README.md says how to train on SQuAD)" * args.offline)
 
     def save(stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer):
         """Write the checkpoint to resume from; it appears whole or not at all."""
         if RANK == 0:
-            try:
-                with whole_file(out / "checkpoint.pt") as file:
-                    torch.save({"settings": settings, "stage": stage, "step": step, "rows": rows,
-                                "log": log.tell(), "model": model.state_dict(),
-                                "optimizer": optimizer.state_dict()}, file)
-            except RuntimeError as error:                        # torch's word for a full disk
-                raise OSError(f"{out}: checkpoint.pt not written: {error.__context__}") from None
+            with whole_file(out / "checkpoint.pt") as file:
+                os.fsync(log.fileno())
+                torch.save({"settings": settings, "stage": stage, "step": step, "rows": rows,
+                            "log": log.tell(), "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict()}, file)
 
     def finish(stage: str, model: BertForQuestionAnswering, folder: str | None = None):
         """Save the model and measure it: once, not in every process."""

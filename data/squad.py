@@ -81,12 +81,12 @@ def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Que
                 for answer in get(entry, "answers", list, here):
                     answers.append(get(answer, "text", str, here))
                     begin = get(answer, "answer_start", int, here)
-                    n = len(answers[-1])               # or longer or shorter, in another form
-                    end = next((e for e in (begin + n, *range(begin, begin + 2 * n + 1)) if
-                                simplified(context[begin:e]) == simplified(answers[-1])), -1)
-                    if begin < 0 or end < 0:
-                        raise ValueError(f"{path}: {here}: {answers[-1]!r} is not at its offset "
-                                         f"{begin}, {context[begin:begin + n]!r} is; mend it")
+                    ends = [begin + len(answers[-1]) + n for n in sorted(range(-20, 21), key=abs)]
+                    end = next((end for end in ends if end > begin >= 0 and    # in another form,
+                                simplified(context[begin:end]) == simplified(answers[-1])), None)
+                    if end is None:                                    # it may be longer or shorter
+                        raise ValueError(f"{path}: {here}: {answers[-1][:80]!r} is not at its "
+                                         f"offset {begin}; mend or remove it")
                     spans.append((begin, end))
                 questions.append(Question(id_, text, context, answers, (spans or [None])[0], v2))
     if not questions:
@@ -110,7 +110,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         if path.exists():
             tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_truncation(), tokenizer.no_padding()
+            tokenizer.no_truncation(), tokenizer.no_padding(), tokenizer.encode("\u2603")
         else:
             path = Path(folder) / "vocab.txt"
             lower = (read_json(settings) if settings.exists() else {}).get("do_lower_case", True)
