@@ -7,6 +7,7 @@ filling (on request), deletion.
     python train.py --block 32x32                                    # offline, a few minutes
     python train.py --block 32x32 --model data/bert-base-uncased \\
         --train data/train-v1.1.json --dev data/dev-v1.1.json
+    python train.py --block 32x32 --resume                           # after a stop of any kind
     python train.py --eval out/compact --dev data/dev-v1.1.json      # EM and F1 of a saved model
     torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
 
