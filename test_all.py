@@ -2359,12 +2359,17 @@ def main() -> int:
     return 1 if counts["failed"] else 0
 
 
+USAGE = "usage: python test_all.py [speed [MODEL TRAIN.json] | chart | pretrain FOLDER]"
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["speed"]:
-        speed(*sys.argv[2:])
-    elif sys.argv[1:2] == ["chart"]:
-        print(chart(), end="")
-    elif sys.argv[1:2] == ["pretrain"]:
-        pretrain(Path(sys.argv[2]))
-    else:
-        sys.exit(main())
+    match sys.argv[1:]:
+        case []:
+            sys.exit(main())
+        case ["speed"] | ["speed", _, _]:
+            speed(*sys.argv[2:])
+        case ["chart"]:
+            print(chart(), end="")
+        case ["pretrain", folder]:
+            pretrain(Path(folder))
+        case _:
+            sys.exit(USAGE)
