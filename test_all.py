@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pstats
 import random
 import re
@@ -137,9 +138,19 @@ def error_of(action, kinds=(ValueError, OSError)) -> str:
     raise AssertionError("no error was raised")
 
 
-def command(*arguments, cwd=HERE) -> subprocess.CompletedProcess:
+def environment(threads: int = 1) -> dict:
+    """Tiny models need one thread; on a busy machine, more of them wait for each other."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+
+def command(*arguments, cwd=HERE, threads: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, text=True, capture_output=True, timeout=300
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=3600,
+        env=environment(threads),
     )
 
 
@@ -1677,6 +1688,7 @@ def start(*arguments) -> subprocess.Popen:
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        env=environment(),
     )
 
 
@@ -2068,7 +2080,8 @@ def held(which: str) -> float:
 
 def alone(code: str) -> list[float]:
     """What a process of its own prints, and the megabytes that it holds at most."""
-    result = command("-c", f"from test_all import *; {code}; print(held('VmHWM'))")
+    code = f"from test_all import *; {code}; print(held('VmHWM'))"
+    result = command("-c", code, threads=torch.get_num_threads())
     assert result.returncode == 0, result.stderr
     return [*map(float, result.stdout.split())]
 
