@@ -177,8 +177,8 @@ def drawing(model: nn.Module) -> str:
                 f'd="M0 0h{len(kept)}"/><path stroke="#2f81f7" d="M0 0{path}"/></g>'
                 f'<text x="{x + 228}" y="{y + 4}">{sum(kept)} of {len(kept)}</text>')
 
-    rows = ['<text x="60" y="14">heads</text><text x="370" y="14">FFN dimensions</text>'
-            '<text x="700" y="14">weights left</text>']
+    rows = ['<text x="60" y="14">heads (blue: kept)</text><text x="370" y="14">FFN dimensions'
+            '</text><text x="700" y="14">weights left</text>']
     for i, layer in enumerate(model.layers):
         a, f, y = layer.attention, layer.ffn, 32 + 22 * i
         heads = alive(a.value.weight, a.output.weight, a.head_size).tolist()
@@ -256,7 +256,8 @@ def main(argv: list[str] | None = None):
     try:
         if sum(map(bool, (args.target, args.compare, args.ask))) != 1 or \
                 bool(args.ask) != bool(args.context):
-            raise ValueError("give a folder for the compact model, --compare, or --ask --context")
+            raise ValueError("give one of: a folder for the compact model, --compare FOLDER, "
+                             "--ask QUESTION with --context FILE")
         if args.target and Path(args.target).resolve() == Path(args.model).resolve():
             raise ValueError(f"{args.target}: is the model itself; name another folder")
         model, tokenizer = train.open_model(args.model)
@@ -271,23 +272,23 @@ def main(argv: list[str] | None = None):
         questions = train.questions_in(args.dev, "dev")[:256]
         windows = squad.make_windows(questions, tokenizer, length, length // 3)
         inputs = train.sample_inputs(windows, tokenizer.token_to_id("[PAD]"))
-        difference = math.nan
         if args.compare:
             small, _ = train.open_model(args.compare, length)
             shapes = [[p.shape for p in m.embeddings.parameters()] for m in (model, small)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"{args.compare}: its embeddings are not those of {args.model}")
+            if shapes[0] != shapes[1] or linear_weights(small) > linear_weights(model):
+                raise ValueError(f"{args.compare}: no smaller version of {args.model}; swap them, "
+                                 "or give two with the same embeddings")
         else:
             small = compact(model)
-            difference = largest_difference(model, small, inputs)
+            print(f"largest difference in logits, {len(questions)} questions: "
+                  f"{largest_difference(model, small, inputs):.1e}")
             small.save_pretrained(args.target, args.model)
             (Path(args.target) / "layers.svg").write_text(drawing(model))
-            print(f"largest difference in logits, {len(questions)} questions: {difference:.1e}")
     except (ValueError, OSError, ArithmeticError) as error:
-        train.fail(str(error))
+        train.fail(error)
     if len(model.layers) == len(small.layers):
         print(f"\n{layer_table(model, small)}\n")
-    s = summarise({}, model, small, difference, speedup(model, small, inputs[0]))
+    s = summarise({}, model, small, math.nan, speedup(model, small, inputs[0]))
     print(f"linear weights of the encoder: {s['compact_density']:.1%} left\n"
           f"all parameters: {s['parameters_compact']:,} of {s['parameters_dense']:,}\n"
           f"heads: {s['heads_kept']} of {s['heads_total']}, {s['heads_mean']} only average\n"

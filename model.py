@@ -91,7 +91,7 @@ class BertConfig:
         values = read_json(path)
         if values.get("model_type", "bert") != "bert" or \
                 values.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"{path}: not the configuration of a BERT with absolute positions")
+            raise ValueError(f"{path}: not of a BERT with absolute positions; give one that is")
         try:
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         except ValueError as error:
@@ -224,8 +224,7 @@ class BertForQuestionAnswering(nn.Module):
         config = BertConfig.read(Path(folder) / "config.json")
         layers = list(range(config.num_hidden_layers)) if layers is None else layers
         if not layers or not all(0 <= i < config.num_hidden_layers for i in layers):
-            raise ValueError(f"{folder}: no layers {layers}; it has 0 to "
-                             f"{config.num_hidden_layers - 1}")
+            raise ValueError(f"{folder}: layers 0 to {config.num_hidden_layers - 1}, not {layers}")
         config = replace(config, num_hidden_layers=len(layers),
                          heads_per_layer=[config.heads_per_layer[i] for i in layers],
                          ffn_per_layer=[config.ffn_per_layer[i] for i in layers])
@@ -245,9 +244,11 @@ class BertForQuestionAnswering(nn.Module):
             if tensor is None:
                 raise ValueError(f"{file}: no weight {theirs!r}; is this BERT's, and whole?")
             if tensor.shape != parameter.shape or not tensor.is_floating_point():
-                raise ValueError(f"{file}: {theirs!r} is {tensor.dtype} {list(tensor.shape)}, "
-                                 f"but by config.json it is float {list(parameter.shape)}")
+                raise ValueError(f"{file}: {theirs!r} is {tensor.dtype} {list(tensor.shape)}, not "
+                                 f"float {list(parameter.shape)} as in config.json; get both again")
             state[name] = tensor.to(torch.float32, copy=True)
+            if not state[name].isfinite().all():
+                raise ValueError(f"{file}: {theirs!r} holds NaN or infinity; get the file again")
         model.load_state_dict(state, assign=True)
         model.has_span_head = has_span_head
         return model.eval()
@@ -310,9 +311,9 @@ def read_json(path: str | Path) -> dict:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: not JSON ({error}); mend it or get it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object, {{...}}")
+        raise ValueError(f"{path}: not a JSON object, {{...}}; is it the right file?")
     return value
 
 
@@ -352,7 +353,7 @@ def read_torch(path: Path) -> dict:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                               # a damaged file raises anything
-        raise ValueError(f"{path}: not a plain file of tensors ({type(error).__name__})") from None
+        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); replace it") from None
 
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
@@ -371,8 +372,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
         if length > size - 8 or length > 1_000_000:                      # 10,000 tensors
-            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; "
-                             "the file is cut off or not in the safetensors format")
+            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; replace it")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -399,7 +399,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             data, dtype=dtype, count=count, offset=start + begin).view(shape)
         position = end
     if position != size - start:
-        raise ValueError(f"{path}: {size - start - position} bytes at the end belong to no tensor")
+        raise ValueError(f"{path}: {size - start - position} bytes too many; get the file again")
     return tensors
 
 

@@ -245,11 +245,19 @@ def test_missing_or_misshapen_weights_are_named(tmp_path):
         name: t.clone() for name, t in read_safetensors(folder / "model.safetensors").items()
     }
     name = "bert.encoder.layer.1.output.dense.weight"
-    for change in ({}, {name: torch.zeros(3, 4)}, {name: torch.zeros(48, 80, dtype=torch.int32)}):
+    for change, word in (
+        (None, "no weight"),
+        (torch.zeros(3, 4), "[3, 4], not float [48, 80]"),
+        (torch.zeros(48, 80, dtype=torch.int32), "int32"),
+        (torch.full((48, 80), math.nan), "NaN"),
+        (torch.full((48, 80), 1e300, dtype=torch.float64), "infinity"),  # in single precision
+    ):
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
-        write_safetensors(folder / "model.safetensors", {**rest, **change})
+        if change is not None:
+            rest[name] = change
+        write_safetensors(folder / "model.safetensors", rest)
         message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
-        assert name in message and "model.safetensors" in message
+        assert name in message and "model.safetensors: " in message and word in message
     write_safetensors(
         folder / "model.safetensors",
         {key: tensor for key, tensor in tensors.items() if not key.startswith("qa_outputs")},
@@ -902,6 +910,7 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     model, data = checkpoint(tmp_path / "model"), squad_file(tmp_path / "data.json", "train", 1)
     out = tmp_path / "out"
     real = ["--model", model, "--train", data, "--dev", data, "--out", out]
+    short = ["--max-length", 160, "--stride", 32]
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/log.jsonl").write_text("{}\n")
     (tmp_path / "predictions.json").write_text('{"a": 3}')
@@ -912,7 +921,10 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     config = json.loads((tmp_path / "one/config.json").read_text())
     save_json(tmp_path / "one/config.json", {**config, "type_vocab_size": 1})
     article = json.loads(data.read_text())
-    article["data"][0]["paragraphs"][0]["qas"][0] |= {
+    question = article["data"][0]["paragraphs"][0]["qas"][0]
+    question |= {"id": "long", "question": "Who " * 200}
+    save_json(tmp_path / "long.json", article)
+    question |= {
         "id": "two\nlines",
         "answers": [{"text": "not there " * 5000, "answer_start": 3}],
     }
@@ -930,7 +942,9 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
         (["--train", data, "--dev", data], "--model"),
         ([*real, "--max-length", "1000"], "1000"),
         ([*real, "--max-length", "40"], "--stride"),
-        ([*real, "--stride", "150", "--max-length", "160"], "question"),
+        ([*real, "--stride", "150", "--max-length", "160"], "data.json: question train-0-0-1"),
+        ([*real, *short, "--train", tmp_path / "long.json"], "long.json: question long leaves"),
+        ([*real, *short, "--dev", tmp_path / "long.json"], "long.json: question long leaves"),
         (["--method", "guess"], "guess"),
         (["--lambda", "1", "2", "3"], "--lambda"),
         (["--lambda", "-1"], "--lambda"),
@@ -940,22 +954,21 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
         ([*real, "--layers", "0,7", "--teacher", model], "0 to 2"),
         ([*real, "--layers", "0,2", "--dense-epochs", "0"], "--teacher"),
         (
-            [*real, *("--max-length", 160, "--stride", 32, "--epochs", 1, "--warmup", 999)],
-            "steps of pruning",
+            [*real, *short, "--epochs", 1, "--warmup", 999],
+            "steps of pruning; lower them",
         ),
-        ([*real, "--model", tmp_path / "no"], "config.json"),
+        ([*real, "--model", tmp_path / "no"], "no/config.json: No such file or directory; check"),
+        ([*real, "--model", data], "data.json/config.json: Not a directory; check the path"),
         ([*real, "--model", tmp_path / "twice"], "take both from"),
         ([*real, "--model", tmp_path / "one"], "type_vocab_size"),
         ([*real, "--out", tmp_path, "--model", tmp_path / "masked"], "another --out"),
         ([*real, "--out", tmp_path, "--teacher", tmp_path / "x/../dense"], "another --out"),
         ([*real, "--train", tmp_path / "lines.json"], "not at its offset"),
-        ([*real, "--train", tmp_path], "directory"),
-        ([*real, "--max-length", 160, "--stride", 32, "--out", data], "data.json"),
-        ([*real, "--dev", tmp_path / "no"], "no"),
-        (
-            [*real, "--max-length", "160", "--stride", "32", "--out", tmp_path / "unfinished"],
-            "--overwrite",
-        ),
+        ([*real, "--train", tmp_path], f"{tmp_path}: Is a directory; check the path"),
+        ([*real, *short, "--out", data], "data.json: File exists; check the path"),
+        ([*real, *short, "--out", data / "x"], "data.json/x: Not a directory; check the path"),
+        ([*real, "--dev", tmp_path / "no"], "no: No such file or directory; check the path"),
+        ([*real, *short, "--out", tmp_path / "unfinished"], "--overwrite"),
         (["--eval", tmp_path / "predictions.json", "--dev", data], "predictions.json"),
         (["--eval", tmp_path / "nowhere", "--dev", data], "nowhere"),
     ):
@@ -971,8 +984,17 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     assert not out.exists()
     result = command("train.py", "--density", "7")
     assert result.returncode == 2 and result.stderr.startswith("train.py: ") and not result.stdout
-    result = command("compact.py", tmp_path / "no", tmp_path / "out")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not out.exists()
+    for arguments, word in (
+        ([tmp_path / "no", out], "no/config.json: No such file or directory; check the path"),
+        ([model], "give one of"),
+        ([model, "--ask", "Who?"], "--context FILE"),
+        ([model, "--ask", "Who?", "--context", tmp_path / "no"], "no: No such file or directory"),
+        ([model, "--ask", "Who?", "--context", model], "Is a directory; check the path"),
+        ([model, model], "name another folder"),
+    ):
+        result = command("compact.py", *arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert word in result.stderr and not out.exists() and not result.stdout
 
 
 def test_the_generated_corpus_needs_question_and_paragraph():
@@ -1053,6 +1075,7 @@ def test_the_whole_run(tmp_path):
         "largest_logit_difference",
     } < set(summary)
     assert summary["pruned"] == summary["compact"]
+    assert text.splitlines()[-1].endswith(f": {tmp_path / 'out'}")
     assert abs(summary["density"] - 0.25) < 0.01
     assert 0 < summary["compact_density"] < 1
     assert (summary["heads_total"], summary["ffn_total"]) == (12, 240)
@@ -1252,7 +1275,7 @@ def test_layers_of_a_checkpoint(tmp_path):
     inputs = padded_inputs(1000)
     assert largest(whole(*inputs), some(*inputs)) == 0
     for layers in ([3], [0, -1], []):
-        assert "0 to 2" in error_of(
+        assert "layers 0 to 2, not" in error_of(
             partial(BertForQuestionAnswering.from_pretrained, folder, layers)
         )
     # The distilled baseline: the whole model teaches a part of it.
@@ -1591,6 +1614,8 @@ def test_two_saved_models_are_compared(tmp_path):
         compact.main([str(tmp_path / "dense"), "--compare", str(tmp_path / "small")])
     text = stdout.getvalue()
     assert "heads: 9 of 12, 1 only average" in text and "speed: " in text
+    result = command("compact.py", tmp_path / "small", "--compare", tmp_path / "dense")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "swap" in result.stderr
     checkpoint(tmp_path / "other")  # 160 positions
     result = command("compact.py", tmp_path / "dense", "--compare", tmp_path / "other")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "other" in result.stderr
@@ -1715,6 +1740,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
     assert command("train.py", *flags, "--out", tmp_path / "whole").returncode == 0
     lines = len(log_of(tmp_path / "whole"))
     kills = sorted(random.Random(0).sample(range(1, lines), 3))
+    result = command("train.py", *flags, "--out", tmp_path / "out", "--resume", "--epochs", 0)
+    assert result.returncode == 0 and "out: nothing to resume" in result.stdout
+    shutil.rmtree(tmp_path / "out")
     for kill in kills:
         process = start(*flags, "--out", tmp_path / "out", "--resume")
         wait_for(process, tmp_path / "out/log.jsonl", kill)
@@ -1785,7 +1813,8 @@ def run_error(*arguments) -> tuple[int, str]:
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     model = BertForQuestionAnswering.from_pretrained(checkpoint(tmp_path / "model"))
-    model.embeddings.word.weight.data[vocabulary().index("dog")] = math.nan
+    row = model.embeddings.word.weight.data[vocabulary().index("dog")]
+    row[::2], row[1::2] = 3e38, -3e38  # numbers, but their mean is none
     model.save_pretrained(tmp_path / "model")
     data = squad_file(tmp_path / "train.json", "train", 12)
     questions = {q.id: q for q in squad.read_squad(data)}
@@ -2271,11 +2300,12 @@ def chart() -> str:
         lines.append(f'<text x="{at(x, 0)[0]:g}" y="348" text-anchor="middle">{x}x</text>')
     for colour, name, x, share, f1 in points:
         left, top = at(x, share)
+        y = top + (-5 if abs(4 * share - round(4 * share)) < 0.1 else 4)  # above a line
         before = name in ("hybrid, no teacher", "hybrid, magnitude")  # its place is free
         lines.append(
             f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{colour}">'
             f"<title>{name or 'paper'}: F1 {f1:g}, {x:g}x</title></circle>"
-            f'<text x="{left + (-9 if before else 9):.1f}" y="{top + 4:.1f}" '
+            f'<text x="{left + (-9 if before else 9):.1f}" y="{y:.1f}" '
             f'text-anchor="{"end" if before else "start"}">{name}</text>'
         )
     return "\n".join(lines) + "\n</svg>\n"

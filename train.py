@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import compact
@@ -63,13 +62,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
         description=__doc__.splitlines()[0], argument_default=NONE,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Without --model and --train, a tiny BERT learns a generated corpus, with defaults "
-        + ", ".join(f"{name} {value}" for name, value in [*OFFLINE.items()][1:-1]))
+        + ", ".join("--{} {}".format(*o) for o in [*OFFLINE.items()][1:-1]).replace("_", "-"))
     parser.error = fail
     add = parser.add_argument
     def number(flag: str, kind: type, default, low: float, high: float, help: str):
         def value(text: str):
             if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}")
+                raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}: {help}")
             return kind(text)
         value.__name__ = kind.__name__                                  # for argparse's messages
         add(flag, type=value, default=default, help=help)
@@ -116,7 +115,6 @@ def layer_numbers(text: str) -> list[int]:
 
 def check(args: Namespace):
     """Settings that make no sense raise ValueError."""
-    prune.parse_block(args.block), prune.parse_block(args.ffn_block)
     if not args.eval and (bool(args.train) != bool(args.dev) or not args.model):
         raise ValueError("--train, --dev and --model go together; see python data/download.py")
     written = ["masked", "compact", *["dense"] * bool(args.dense_epochs)]
@@ -124,16 +122,18 @@ def check(args: Namespace):
         if Path(path).resolve() in [(Path(args.out) / name).resolve() for name in written]:
             raise ValueError(f"{path}: the run would write over it; give another --out")
     if len(args.lambdas) > 2 or not all(0 <= value < math.inf for value in args.lambdas):
-        raise ValueError(f"--lambda {args.lambdas}: give one number, or two: attention's and FFN's")
+        raise ValueError(f"--lambda {args.lambdas}: give one number >= 0, or two: attention, FFN")
     if args.layers and args.distill and not args.teacher and not args.dense_epochs:
-        raise ValueError("--layers needs a --teacher, the whole model, --dense-epochs or "
-                         "--distill 0: a part of a model cannot teach")
+        raise ValueError("--layers: part of a model cannot teach; give --teacher or --dense-epochs")
 
 
-def fail(message: str, status: int = 2):
+def fail(error: Exception | str, status: int = 2):
     """One line on standard error, and the end."""
+    if isinstance(error, OSError) and error.strerror:                # the system's own words
+        mend = "make room" if "space" in error.strerror else "check the path"
+        error = f"{error.filename or 'log.jsonl'}: {error.strerror}; {mend}"
     if RANK == 0:
-        print(Path(sys.argv[0]).name, " ".join(message.split()), sep=": ", file=sys.stderr)
+        print(Path(sys.argv[0]).name, " ".join(str(error).split()), sep=": ", file=sys.stderr)
     sys.exit(status)
 
 
@@ -215,8 +215,8 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
         part = part or indices[:1]
         batch = squad.collate([windows[i] for i in part], pad, DEVICE)
         if teacher:
-            both = pad_sequence([teacher[i] for i in part], True, -1e4).to(DEVICE)     # (B, T, 2)
-            batch["teacher_start"], batch["teacher_end"] = both.unbind(-1)
+            both = nn.utils.rnn.pad_sequence([teacher[i] for i in part], True, -1e4).to(DEVICE)
+            batch["teacher_start"], batch["teacher_end"] = both.unbind(-1)              # (B, T)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bool(args.amp)):
             logits = parallel(*batch["inputs"])
         loss = share * span_loss(logits, batch, args.distill if teacher else 0.0) + penalty
@@ -237,8 +237,8 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
         log.write(json.dumps(line) + "\n")
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")},
                         refresh=False)
-        if groups and args.method == "soft-movement" and line["density"] in (0, 1) and \
-                step in (total - args.cooldown, total - 1):
+        if not RANK and groups and args.method == "soft-movement" and \
+                line["density"] in (0, 1) and step in (total - args.cooldown, total - 1):
             bar.write("the threshold keeps " + ("every block; raise" if line["density"] else
                                                 "no block; lower") + " --lambda", sys.stderr)
         if sums[1] or (step + 1) % args.save_every == 0 or (step + 1) % (total // epochs) == 0:
@@ -250,22 +250,18 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
 
 def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str, float]:
     """EM and F1 of a saved model's folder, or of a predictions.json."""
-    if Path(path).is_dir():
-        predictions = squad.predict(*open_model(path, args.max_length), questions, args.max_length,
-                                    args.stride, args.null_threshold)
-    else:
-        predictions = squad.read_predictions(path)
-    missing = sum(question.id not in predictions for question in questions)
-    if missing:
+    predictions = squad.read_predictions(path) if not Path(path).is_dir() else squad.predict(
+        *open_model(path, args.max_length), questions, args.max_length, args.stride,
+        args.null_threshold)
+    if missing := sum(question.id not in predictions for question in questions):
         print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
     return squad.score(predictions, questions)
 
 
 def questions_in(path: str | None, split: str) -> list[Question]:
     """The questions of a file, or those of the generated corpus."""
-    if path:
-        return squad.read_squad(path)
-    return squad.questions_of(generate.corpus(split), "generated corpus")
+    return squad.read_squad(path) if path else squad.questions_of(
+        generate.corpus(split), "generated corpus")
 
 
 def open_model(folder: str, max_length: int = 0, layers: list[int] | None = None
@@ -299,6 +295,8 @@ def claim(folder: Path, args: Namespace, settings: dict) -> tuple[TextIO, dict |
             (folder / "summary.json").exists() or args.overwrite or args.resume):
         raise ValueError(f"{folder}: holds an unfinished run; give --resume to go on with it, "
                          "--overwrite or another --out")
+    if args.resume and not state:
+        print(f"{folder}: nothing to resume; starts anew")
     if RANK:
         return open(os.devnull, "w"), state
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,7 +328,7 @@ def main(argv: list[str] | None = None):
     except KeyboardInterrupt:
         fail("stopped; the same command with --resume goes on", 130)
     except (ValueError, OSError, ArithmeticError) as error:
-        fail(str(error))
+        fail(error)
 
 
 def run(args: Namespace):
@@ -351,7 +349,7 @@ def run(args: Namespace):
     if args.teacher:
         teacher, vocabulary = open_model(args.teacher, args.max_length)
         if vocabulary.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{args.teacher}: its vocabulary is not that of {args.model}")
+            raise ValueError(f"{args.teacher}: has not {args.model}'s vocabulary; give another")
     if args.distill and not (teacher.has_span_head or teacher is model and args.dense_epochs):
         raise ValueError(f"{args.teacher or args.model}: has no span head and cannot teach; "
                          "fine-tune it first, with --dense-epochs, or give --distill 0")
@@ -366,7 +364,7 @@ def run(args: Namespace):
     args.cooldown = steps - steps * 60 // 100 if args.cooldown is None else args.cooldown
     if args.warmup + args.cooldown > steps > 0:
         raise ValueError(f"--warmup {args.warmup} and --cooldown {args.cooldown} are more than "
-                         f"the {steps} steps of pruning")
+                         f"the {steps} steps of pruning; lower them")
     out, settings = Path(args.out), {**vars(args), "processes": WORLD}
     for name in ("out", "overwrite", "resume", "save_every"):            # these may change
         del settings[name]
@@ -437,7 +435,8 @@ def run(args: Namespace):
     summary = compact.summarise(rows, model, small, difference, speed)
     print(f"\n{compact.layer_table(model, small)}\n\n{compact.closing_table(summary)}\n\n"
           f"heads that only average: {summary['heads_mean']}\n"
-          f"largest difference between pruned and compact logits: {difference:.1e}")
+          f"largest difference between pruned and compact logits: {difference:.1e}\n"
+          f"models, predictions, log and picture: {out}")
     (out / "layers.svg").write_text(compact.drawing(model))
     save_json(out / "summary.json", summary)                         # the run is finished
 

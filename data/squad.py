@@ -20,7 +20,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Question:
     answers: list[str]                       # every text that counts as right
     span: tuple[int, int] | None             # characters of the first answer
     v2: bool = False                         # SQuAD v2.0: "no answer", "", may be right
+    file: str | Path = field(default="", repr=False)                   # it came from, for errors
 
 
 def read_squad(path: str | Path) -> list[Question]:
@@ -77,7 +78,7 @@ def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Que
                 id_ = get(entry, "id", str, f"{place}.qas[{q}]")
                 here = f"question {id_}"
                 text = get(entry, "question", str, here).strip()
-                answers, spans = [], []
+                answers, span = [], None
                 for answer in get(entry, "answers", list, here):
                     answers.append(get(answer, "text", str, here))
                     begin = get(answer, "answer_start", int, here)
@@ -87,10 +88,10 @@ def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Que
                     if end is None:                                    # it may be longer or shorter
                         raise ValueError(f"{path}: {here}: {answers[-1][:80]!r} is not at its "
                                          f"offset {begin}; mend or remove it")
-                    spans.append((begin, end))
-                questions.append(Question(id_, text, context, answers, (spans or [None])[0], v2))
+                    span = span or (begin, end)
+                questions.append(Question(id_, text, context, answers, span, v2, path))
     if not questions:
-        raise ValueError(f"{path}: holds no question")
+        raise ValueError(f"{path}: holds no question; is it the right file?")
     if again := [id_ for id_, n in Counter(q.id for q in questions).items() if n > 1]:
         print(f"{path}: {len(again)} ids occur more than once, as {again[0]} does", file=sys.stderr)
     return questions
@@ -158,9 +159,9 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer, max_length: in
         prefix = [cls, *code.ids, sep]
         room = max_length - len(prefix) - 1
         if room <= stride:
-            raise ValueError(f"question {question.id}: its {len(prefix) - 2} tokens leave {room} "
-                             f"of {max_length} to the context, but windows overlap by {stride}; "
-                             "raise --max-length, lower --stride or shorten it")
+            raise ValueError(f"{question.file}: question {question.id} leaves {room} of "
+                             f"{max_length} tokens, but windows overlap by {stride}; shorten it, "
+                             "lower --stride or raise --max-length")
         begin, end = question.span or (0, 0)
         answer = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end))       # its tokens
         for low in range(0, max(len(ids) - stride, 1), room - stride):
@@ -285,5 +286,4 @@ def score(predictions: dict[str, str], questions: list[Question]) -> dict[str, f
         if part := [row for row in rows if row[0] in kinds]:
             exact, overlap = (100 * sum(column) / len(part) for column in list(zip(*part))[1:])
             result |= {f"{prefix}exact": exact, f"{prefix}f1": overlap, f"{prefix}total": len(part)}
-    result = {"exact_match": result["exact"], **result}
-    return result if questions[0].v2 else {name: result[name] for name in ("exact_match", "f1")}
+    return {"exact_match": result["exact"], **(result if questions[0].v2 else {"f1": result["f1"]})}
