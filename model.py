@@ -19,7 +19,6 @@ import json
 import mmap
 import os
 import re
-import shutil
 import struct
 import sys
 import warnings
@@ -206,8 +205,7 @@ class BertForQuestionAnswering(nn.Module):
         """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = attention_mask                                             # (B, T) -> (B, 1, 1, T)
-        mask = None if mask is None else mask[:, None, None, :].bool()
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         x = self.embeddings(input_ids, token_type_ids)                                   # (B, T, C)
         for layer in self.layers:
             x = layer(x, mask)
@@ -259,7 +257,6 @@ class BertForQuestionAnswering(nn.Module):
         source: a folder whose tokenizer is copied, too, so that the new one stands alone.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {hugging_face_name(name): tensor for name, tensor in self.state_dict().items()}
         write_safetensors(folder / "model.safetensors", dict(sorted(tensors.items())))
         save_json(folder / "config.json", self.config.values())
@@ -268,7 +265,8 @@ class BertForQuestionAnswering(nn.Module):
             if not path.exists():
                 (folder / name).unlink(missing_ok=True)                     # an older model's
             elif path.resolve() != (folder / name).resolve():
-                shutil.copyfile(path, folder / name)
+                with whole_file(folder / name) as file:
+                    file.write(path.read_bytes())
 
 
 # -------------------------------------------------------------------- names: ours -> Hugging Face's
@@ -321,13 +319,14 @@ def read_json(path: str | Path) -> dict:
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that appears whole, or not at all, even if the machine stops."""
     partial_path = Path(f"{path}.partial")
+    partial_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial_path, "wb") as file:
             yield file
             file.flush(), os.fsync(file.fileno())
         os.replace(partial_path, path)
     except (OSError, RuntimeError) as error:                   # torch.save's word for a full disk
-        raise OSError(f"{path}: not written ({error.__context__ or error}); make room") from None
+        raise OSError(f"{path}: not written ({error.__context__ or error}); disk full?") from None
     finally:
         partial_path.unlink(missing_ok=True)
 
@@ -351,7 +350,7 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 def read_torch(path: Path) -> dict:
     """Read what torch.save wrote: data, never code. Raises ValueError."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:                               # a damaged file raises anything
         raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); replace it") from None
 

@@ -163,8 +163,7 @@ class BlockGroup:
     def density(self) -> float:
         """The fraction of blocks kept."""
         kept = [tied[0].kept for tied in self.masks]
-        return torch.stack([k.sum(dtype=torch.double) for k in kept]).sum().item() \
-            / sum(k.numel() for k in kept)
+        return sum(int(k.count_nonzero()) for k in kept) / sum(k.numel() for k in kept)
 
 
 def best(scores: Tensor, k: int) -> Tensor:

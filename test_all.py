@@ -939,6 +939,8 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
         (["--what"], "--what"),
         (["--batch-size", "0"], "batch-size"),
         (["--train", data], "--dev"),
+        (["--eval", ""], "empty"),
+        ([*real, "--out", ""], "empty"),
         (["--train", data, "--dev", data], "--model"),
         ([*real, "--max-length", "1000"], "1000"),
         ([*real, "--max-length", "40"], "--stride"),
@@ -1514,16 +1516,20 @@ def test_heads_that_are_means_are_counted():
             (a[0].query, slice(0, 12)),
             (a[0].key, slice(0, 24)),
             (a[1].key, slice(24, 36)),
+            (a[1].query, slice(0, 6)),  # half of the head here, the other half there
+            (a[1].key, slice(6, 12)),
             (a[2].value, slice(None)),
         ],
     )
     small = compact.compact(model)
-    assert compact.mean_heads(model) == compact.mean_heads(small) == 3
+    assert compact.mean_heads(model) == compact.mean_heads(small) == 4
     x = torch.randn(1, 7, 48)  # such a head's output is the same for every query
-    with torch.no_grad():
-        zeroed(model, columns=[(a[0].output, slice(24, 48))])
-        out = a[0](x, None)
-    assert (out - out[:, :1]).abs().max() < 1e-5
+    for layer, others in ((a[0], slice(24, 48)), (a[1], slice(12, 24))):
+        with torch.no_grad():
+            assert (layer(x, None) - layer(x, None)[:, :1]).abs().max() > 1e-3
+            zeroed(model, columns=[(layer.output, others), (layer.output, slice(36, 48))])
+            out = layer(x, None)
+        assert out.abs().max() > 1e-3 and (out - out[:, :1]).abs().max() < 1e-5
 
 
 def test_layer_functions_stand_alone(tmp_path):
@@ -1676,7 +1682,12 @@ def test_downloads_are_whole_or_absent(tmp_path):
         ("cut", "config.json"),
         ("bad", "model.safetensors"),
         ("none", "config.json"),
+        ("gone", "train-v1.1.json"),  # nobody answers
     ):
+        if name == "gone":
+            server.shutdown(), server.server_close()
+            data = tmp_path / "new"
+            common[1] = str(data)
         with (
             contextlib.redirect_stderr(io.StringIO()) as stderr,
             contextlib.redirect_stdout(io.StringIO()),
@@ -1687,10 +1698,10 @@ def test_downloads_are_whole_or_absent(tmp_path):
                 assert error.code == 2
             else:
                 raise AssertionError(f"{name} was accepted")
-        assert missing in stderr.getvalue() and stderr.getvalue().count("\n") == 1
+        message = stderr.getvalue()
+        assert missing in message and message.count("\n") == 1 and "; try again" in message
         assert not (data / name / missing).exists()
-    server.shutdown()
-    assert not list(data.rglob("*.partial"))
+    assert not data.exists() and not list(tmp_path.rglob("*.partial"))
 
 
 # ------------------------------------------------------------------------------- resuming, stopping
@@ -1793,6 +1804,11 @@ def test_scores_survive_a_resumption(tmp_path):
     result = command("train.py", *flags, "--resume")
     assert result.returncode == 2 and "checkpoint.pt" in result.stderr
     (tmp_path / "out/checkpoint.pt").write_bytes(before)
+    log = (tmp_path / "out/log.jsonl").read_bytes()
+    (tmp_path / "out/log.jsonl").write_bytes(log[:300])
+    result = command("train.py", *flags, "--resume")
+    assert result.returncode == 2 and "log.jsonl: shorter than" in result.stderr
+    (tmp_path / "out/log.jsonl").write_bytes(log)
     assert command("train.py", *flags, "--resume").returncode == 0
     steps = [(line["stage"], line["step"]) for line in log_of(tmp_path / "out")]
     assert steps == sorted(set(steps), key=lambda s: (("dense", "prune", "fill").index(s[0]), s[1]))
@@ -1809,6 +1825,38 @@ def run_error(*arguments) -> tuple[int, str]:
         except SystemExit as error:
             return error.code, stderr.getvalue()
     return 0, stderr.getvalue()
+
+
+def test_ctrl_c_in_the_last_step_of_a_stage_stops_the_run(tmp_path):
+    data = squad_file(tmp_path / "train.json", "train", 4)
+    model, tokenizer = train.open_model(checkpoint(tmp_path / "model"))
+    windows = squad.make_windows(squad.read_squad(data), tokenizer, 100, 20)
+    args = train.parse_args(["--batch-size", "4", "--seed", "1"])
+    total, saved = math.ceil(len(windows) / 4), []
+
+    def save(stage, step, *_):
+        saved.append(step)
+        if step == total:  # while the last checkpoint is being written
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        train.fit(model, windows, 0, args, 1, "dense", io.StringIO(), save=save)
+    except KeyboardInterrupt:
+        assert saved == [0, total] and signal.getsignal(signal.SIGINT) is handler
+    else:
+        raise AssertionError("the stop was lost")
+
+
+def test_a_model_whose_logits_are_no_numbers_is_not_scored(tmp_path):
+    model = BertForQuestionAnswering.from_pretrained(checkpoint(tmp_path / "model"))
+    model.span.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "model")
+    data = squad_file(tmp_path / "dev.json", "dev", 1)
+    flags = ["--dev", data, "--max-length", 100, "--stride", 20]
+    status, message = run_error("--eval", tmp_path / "model", *flags)
+    assert status == 2 and message.count("\n") == 1, message
+    assert "dev.json: question dev-0-0-0: the logits are no numbers" in message
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
@@ -1836,7 +1884,13 @@ def test_sizes_that_empty_or_keep_everything_are_said(tmp_path):
     soft = [*flags, "--method", "soft-movement", "--out", tmp_path / "soft"]
     for force, rate, word in ((0, 1e-3, "every block; raise"), (1e6, 1, "no block; lower")):
         status, message = run_error(*soft, "--lambda", force, "--score-lr", rate)
-        assert status == 0 and word in message.splitlines()[-1], message
+        said = message.splitlines()
+        assert status == 0 and [line.split(": ")[0] for line in said[-2:]] == ["attention", "FFN"]
+        assert all(word in line for line in said), message
+    status, message = run_error(*soft, "--lambda", 1e6, 0, "--score-lr", 1)
+    assert status == 0 and {*message.splitlines()} == {
+        "attention: the threshold keeps no block; lower --lambda"
+    }
     status, message = run_error(*flags, "--density", 1, "--out", tmp_path / "all")
     assert status == 0 and not message
 
@@ -1931,6 +1985,9 @@ def test_weights_are_never_code(tmp_path):
         torch.save({name: tensor, "qa_outputs.bias": torch.zeros(2)}, folder / "pytorch_model.bin")
         message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
         assert f"no weight {name!r}" in message
+    torch.save(torch.zeros(1).expand(10**9, 2), folder / "pytorch_model.bin")  # 1 KB
+    message = error_of(partial(BertForQuestionAnswering.from_pretrained, folder))
+    assert "pytorch_model.bin: no plain tensors (TypeError); replace it" in message
 
 
 def test_absurd_configurations_ask_for_no_memory(tmp_path):

@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
             return kind(text)
         value.__name__ = kind.__name__                                  # for argparse's messages
         add(flag, type=value, default=default, help=help)
-    add("--block", default="32x32", help="blocks of the attention matrices, ROWSxCOLUMNS or all")
-    add("--ffn-block", default="1xall", help="blocks of the FFN matrices")
+    add("--block", default="32x32", help="blocks of the attention matrices: 32x32, 64xall, ...")
+    add("--ffn-block", default="1xall", help="blocks of the FFN matrices: 1xall, 32x32, ...")
     add("--method", default="movement", choices=prune.METHODS, help="what decides about a block")
     number("--density", float, 0.25, 1e-9, 1, "fraction of the encoder's weights to keep")
     add("--lambda", dest="lambdas", type=float, nargs="+", default=[10.0], metavar="L",
@@ -115,6 +115,8 @@ def layer_numbers(text: str) -> list[int]:
 
 def check(args: Namespace):
     """Settings that make no sense raise ValueError."""
+    if "" in vars(args).values():
+        raise ValueError("a flag is empty; give a path or leave the flag out")
     if not args.eval and (bool(args.train) != bool(args.dev) or not args.model):
         raise ValueError("--train, --dev and --model go together; see python data/download.py")
     written = ["masked", "compact", *["dense"] * bool(args.dense_epochs)]
@@ -131,7 +133,7 @@ def fail(error: Exception | str, status: int = 2):
     """One line on standard error, and the end."""
     if isinstance(error, OSError) and error.strerror:                # the system's own words
         mend = "make room" if "space" in error.strerror else "check the path"
-        error = f"{error.filename or 'log.jsonl'}: {error.strerror}; {mend}"
+        error = f"{error.filename or 'output'}: {error.strerror}; {mend}"
     if RANK == 0:
         print(Path(sys.argv[0]).name, " ".join(str(error).split()), sep=": ", file=sys.stderr)
     sys.exit(status)
@@ -237,22 +239,24 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
         log.write(json.dumps(line) + "\n")
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")},
                         refresh=False)
-        if not RANK and groups and args.method == "soft-movement" and \
-                line["density"] in (0, 1) and step in (total - args.cooldown, total - 1):
-            bar.write("the threshold keeps " + ("every block; raise" if line["density"] else
-                                                "no block; lower") + " --lambda", sys.stderr)
+        if args.method == "soft-movement" and step in (max(1, total - args.cooldown), total - 1):
+            for name, group in zip(("attention", "FFN"), groups):
+                if group.density in (0, 1) and RANK == 0:
+                    keeps = "every block; raise" if group.density else "no block; lower"
+                    bar.write(f"{name}: the threshold keeps {keeps} --lambda", sys.stderr)
         if sums[1] or (step + 1) % args.save_every == 0 or (step + 1) % (total // epochs) == 0:
             save(stage, step + 1, model, optimizer)
         if sums[1]:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, handler)
+    if stop:                                              # as the last step was being saved
+        raise KeyboardInterrupt
 
 
 def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str, float]:
     """EM and F1 of a saved model's folder, or of a predictions.json."""
-    predictions = squad.read_predictions(path) if not Path(path).is_dir() else squad.predict(
-        *open_model(path, args.max_length), questions, args.max_length, args.stride,
-        args.null_threshold)
+    predictions = squad.predict(*open_model(path, args.max_length), questions, args.max_length,
+        args.stride, args.null_threshold) if Path(path).is_dir() else squad.read_predictions(path)
     if missing := sum(question.id not in predictions for question in questions):
         print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
     return squad.score(predictions, questions)
@@ -287,6 +291,8 @@ def claim(folder: Path, args: Namespace, settings: dict) -> tuple[TextIO, dict |
     path, checkpoint, state = folder / "log.jsonl", folder / "checkpoint.pt", None
     if args.resume and checkpoint.exists():
         state = read_torch(checkpoint)
+        if path.stat().st_size < state.get("log", 0):
+            raise ValueError(f"{path}: shorter than at {checkpoint}; give --overwrite")
         for name, now in settings.items():
             if now != (then := state.get("settings", {}).get(name)):
                 raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not {now}; resume "
@@ -326,7 +332,7 @@ def main(argv: list[str] | None = None):
     try:
         run(parse_args(argv))
     except KeyboardInterrupt:
-        fail("stopped; the same command with --resume goes on", 130)
+        fail("stopped; the same command with --resume goes on with a run", 130)
     except (ValueError, OSError, ArithmeticError) as error:
         fail(error)
 
@@ -356,9 +362,7 @@ def run(args: Namespace):
     with torch.device("meta"):
         plan(BertForQuestionAnswering(model.config), args)       # tried out, before all the work
     windows = squad.make_windows(train, tokenizer, args.max_length, args.stride)
-    samples: list[Window] = []
-    for _, part in squad.chunks(dev, tokenizer, args.max_length, args.stride):
-        samples = samples or part                          # the first; all are checked
+    (_, samples), *_ = squad.chunks(dev, tokenizer, args.max_length, args.stride)  # checks all
     steps = args.epochs * math.ceil(len(windows) / args.batch_size)
     args.warmup = steps * 5 // 100 if args.warmup is None else args.warmup
     args.cooldown = steps - steps * 60 // 100 if args.cooldown is None else args.cooldown
@@ -369,7 +373,8 @@ def run(args: Namespace):
     for name in ("out", "overwrite", "resume", "save_every"):            # these may change
         del settings[name]
     for name, part in (("train", train), ("dev", dev)):
-        settings[name] = f"{len(part)} questions (crc {zlib.crc32(repr(part).encode()):08x})"
+        crcs = [zlib.crc32(repr(question).encode()) for question in part]
+        settings[name] = f"{len(part)} questions (crc {zlib.crc32(repr(crcs).encode()):08x})"
     log, state = claim(out, args, settings)
     print(f"{len(train)} questions to train on, {len(windows)} windows; {len(dev)} to evaluate on"
           + " (a generated corpus; README.md says how to train on SQuAD)" * args.offline)

@@ -26,13 +26,12 @@ def fetch(url: str, path: Path):
     """Download one file: whole and readable, or not at all. Raises OSError, ValueError."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with urlopen(url, timeout=60) as response, whole_file(path) as file:
         size = int(response.headers.get("Content-Length", -1))
         with tqdm.wrapattr(file, "write", size, desc=path.name, disable=None) as stream:
             shutil.copyfileobj(response, stream)
         if size not in (-1, file.tell()):
-            raise ValueError(f"{file.tell()} of {size} bytes came; try again")
+            raise ValueError(f"{file.tell()} of {size} bytes came")
         file.flush()
         if path.suffix == ".json":
             read_json(file.name)
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None):
             fetch(url, path)
         except (OSError, ValueError, HTTPException) as error:
             if getattr(error, "code", None) != 404 or not path.name.startswith("tokenizer"):
-                print(f"download.py: {url}: {error}", file=sys.stderr)
+                print(f"download.py: {url}: {error}; try again", file=sys.stderr)
                 sys.exit(2)
 
 

@@ -25,10 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import read_json
@@ -116,7 +114,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             path = Path(folder) / "vocab.txt"
             lower = (read_json(settings) if settings.exists() else {}).get("do_lower_case", True)
             tokenizer = BertWordPieceTokenizer(str(path), lowercase=lower)
-    except Exception as error:                      # the library raises no narrower class
+    except BaseException as error:                   # the library's are no Exception, some of them
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
     for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
         if tokenizer.token_to_id(token) is None:
@@ -187,7 +185,7 @@ def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[lis
 
 def collate(windows: list[Window], pad: int, device: torch.device) -> dict:
     """Pad windows to the longest: the model's inputs, its targets, and where the context lies."""
-    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)  # (B, T)
+    ids = nn.utils.rnn.pad_sequence([w.ids for w in windows], True, pad)               # (B, T)
     numbers = [(len(w.ids), w.first, w.start, w.end) for w in windows]
     length, first, start, end = torch.tensor(numbers, device=device).unbind(1)         # (B,) each
     position = torch.arange(ids.shape[1], device=device)                               # (T,)
@@ -203,8 +201,8 @@ def best_spans(start: Tensor, end: Tensor, context: Tensor,
     start, end, context: (B, T). Score: start[s] + end[e], s <= e < s + longest, in the context.
     """
     start, end = (logits.masked_fill(~context, -torch.inf) for logits in (start, end))
-    reach = F.pad(end, (0, longest - 1), value=-torch.inf).unfold(1, longest, 1)  # (B, T, longest)
-    best_end, length = reach.max(-1)
+    reach = nn.functional.pad(end, (0, longest - 1), value=-torch.inf).unfold(1, longest, 1)
+    best_end, length = reach.max(-1)                                          # of (B, T, longest)
     score, first = (start + best_end).max(-1)
     return score, first, first + length.gather(1, first[:, None])[:, 0]
 
@@ -244,6 +242,9 @@ def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question], m
                 if score > best[q][0]:
                     best[q] = score, chunk[q].context[windows[i].text(first, last)]
         for question, none, (score, text) in zip(chunk, null, best):
+            if not math.isfinite(none):
+                raise ArithmeticError(f"{question.file}: question {question.id}: the logits are no "
+                                      "numbers; is the model whole?")
             answers[question.id] = "" if question.v2 and none - score > null_threshold else text
     return answers
 
