@@ -280,6 +280,8 @@ def main(argv: list[str] | None = None):
                   f"{largest_difference(model, small, inputs):.1e}")
             small.save_pretrained(args.target, args.model)
             (Path(args.target) / "layers.svg").write_text(drawing(model))
+    except KeyboardInterrupt:
+        train.fail("stopped", 130)
     except (ValueError, OSError, ArithmeticError) as error:
         train.fail(error)
     if len(model.layers) == len(small.layers):

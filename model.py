@@ -223,11 +223,11 @@ class BertForQuestionAnswering(nn.Module):
         layers = list(range(config.num_hidden_layers)) if layers is None else layers
         if not layers or not all(0 <= i < config.num_hidden_layers for i in layers):
             raise ValueError(f"{folder}: layers 0 to {config.num_hidden_layers - 1}, not {layers}")
+        file, tensors = read_weights(Path(folder))
+        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         config = replace(config, num_hidden_layers=len(layers),
                          heads_per_layer=[config.heads_per_layer[i] for i in layers],
                          ffn_per_layer=[config.ffn_per_layer[i] for i in layers])
-        file, tensors = read_weights(Path(folder))
-        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         has_span_head = not {"qa_outputs.weight", "qa_outputs.bias"}.isdisjoint(tensors)
         if not has_span_head:
             print(f"{file}: no span head; it starts random", file=sys.stderr)
@@ -261,12 +261,11 @@ class BertForQuestionAnswering(nn.Module):
         write_safetensors(folder / "model.safetensors", dict(sorted(tensors.items())))
         save_json(folder / "config.json", self.config.values())
         for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json") if source else ():
-            path = Path(source) / name
-            if not path.exists():
-                (folder / name).unlink(missing_ok=True)                     # an older model's
-            elif path.resolve() != (folder / name).resolve():
+            if (path := Path(source) / name).exists():
                 with whole_file(folder / name) as file:
                     file.write(path.read_bytes())
+            else:
+                (folder / name).unlink(missing_ok=True)                     # an older model's
 
 
 # -------------------------------------------------------------------- names: ours -> Hugging Face's
@@ -352,7 +351,7 @@ def read_torch(path: Path) -> dict:
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:                               # a damaged file raises anything
-        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); replace it") from None
+        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); remove it") from None
 
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:

@@ -106,6 +106,8 @@ class BlockGroup:
                 out, in_ = linear.weight.shape if not transposed else linear.weight.T.shape
                 size = (min(r or out, out), min(c or in_, in_))
                 shape = (-(-out // size[0]), -(-in_ // size[1]))
+                if parametrize.is_parametrized(linear, "weight"):
+                    raise ValueError(f"{block}: a layer is masked twice; let one pattern match it")
                 if not masks:
                     scores = nn.Parameter(linear.weight.new_zeros(shape), method != "magnitude")
                 elif scores.shape != shape:

@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     def number(flag: str, kind: type, default, low: float, high: float, help: str):
         def value(text: str):
             if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}: {help}")
+                raise argparse.ArgumentTypeError(f"{text} is not {low:g} to {high:g}: {help % ()}")
             return kind(text)
         value.__name__ = kind.__name__                                  # for argparse's messages
         add(flag, type=value, default=default, help=help)
@@ -291,8 +291,8 @@ def claim(folder: Path, args: Namespace, settings: dict) -> tuple[TextIO, dict |
     path, checkpoint, state = folder / "log.jsonl", folder / "checkpoint.pt", None
     if args.resume and checkpoint.exists():
         state = read_torch(checkpoint)
-        if path.stat().st_size < state.get("log", 0):
-            raise ValueError(f"{path}: shorter than at {checkpoint}; give --overwrite")
+        if not path.exists() or path.stat().st_size < state.get("log", 0):
+            raise ValueError(f"{path}: not all that it was at {checkpoint}; give --overwrite")
         for name, now in settings.items():
             if now != (then := state.get("settings", {}).get(name)):
                 raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not {now}; resume "
@@ -301,8 +301,6 @@ def claim(folder: Path, args: Namespace, settings: dict) -> tuple[TextIO, dict |
             (folder / "summary.json").exists() or args.overwrite or args.resume):
         raise ValueError(f"{folder}: holds an unfinished run; give --resume to go on with it, "
                          "--overwrite or another --out")
-    if args.resume and not state:
-        print(f"{folder}: nothing to resume; starts anew")
     if RANK:
         return open(os.devnull, "w"), state
     folder.mkdir(parents=True, exist_ok=True)
@@ -351,11 +349,10 @@ def run(args: Namespace):
         return
     train = questions_in(args.train, "train")
     model, tokenizer = open_model(args.model, args.max_length, args.layers)
-    teacher = model
-    if args.teacher:
-        teacher, vocabulary = open_model(args.teacher, args.max_length)
-        if vocabulary.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{args.teacher}: has not {args.model}'s vocabulary; give another")
+    teacher, vocabulary = open_model(args.teacher, args.max_length) if args.teacher else \
+        (model, tokenizer)
+    if vocabulary.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{args.teacher}: has not {args.model}'s vocabulary; give another")
     if args.distill and not (teacher.has_span_head or teacher is model and args.dense_epochs):
         raise ValueError(f"{args.teacher or args.model}: has no span head and cannot teach; "
                          "fine-tune it first, with --dense-epochs, or give --distill 0")
@@ -377,7 +374,8 @@ def run(args: Namespace):
         settings[name] = f"{len(part)} questions (crc {zlib.crc32(repr(crcs).encode()):08x})"
     log, state = claim(out, args, settings)
     print(f"{len(train)} questions to train on, {len(windows)} windows; {len(dev)} to evaluate on"
-          + " (a generated corpus; README.md says how to train on SQuAD)" * args.offline)
+          + " (a generated corpus; README.md says how to train on SQuAD)" * (not args.train)
+          + f"; nothing to resume in {out}, so it starts" * (args.resume and not state))
 
     def save(stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer):
         """Write the checkpoint to resume from; it appears whole or not at all."""

@@ -64,7 +64,7 @@ def questions_of(articles: list, path: str | Path, v2: bool = False) -> list[Que
         if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
             raise ValueError(f"{path}: {place}: no {kind.__name__} {key!r}; is it SQuAD's format?")
         if kind is str and (not entry[key].strip() or re.search("[\ud800-\udfff]", entry[key])):
-            raise ValueError(f"{path}: {place}: {key!r} is empty or no text; mend or remove it")
+            raise ValueError(f"{path}: {place}: {key!r} is empty or not UTF-8; mend or remove it")
         return entry[key]
 
     questions = []
