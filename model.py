@@ -217,7 +217,8 @@ class BertForQuestionAnswering(nn.Module):
         """Open a dense, masked or compact model; the span head is random where there is none.
 
         layers: which of the checkpoint's layers to take, all unless given.
-        Raises ValueError or OSError, naming the file and the weight that is missing or misshapen.
+        Raises ValueError or OSError, naming the file and the weight that is missing, misshapen or
+        no number.
         """
         config = BertConfig.read(Path(folder) / "config.json")
         layers = list(range(config.num_hidden_layers)) if layers is None else layers

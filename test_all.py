@@ -1994,6 +1994,19 @@ def test_weights_are_never_code(tmp_path):
     assert "pytorch_model.bin: no plain tensors (TypeError); remove it" in message
 
 
+def test_a_tokenizer_that_panics_is_refused(tmp_path):
+    """Some of the library's errors are no Exception; its own words come before ours."""
+    folder = Path(checkpoint(tmp_path / "model"))
+    path = folder / "tokenizer.json"
+    squad.load_tokenizer(folder).save(str(path))
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    path.write_text(json.dumps(tokenizer))
+    result = command("train.py", "--eval", folder, "--max-length", 100, "--stride", 20)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "tokenizer.json: no readable tokenizer" in result.stderr.splitlines()[-1]
+
+
 def test_absurd_configurations_ask_for_no_memory(tmp_path):
     folder = Path(checkpoint(tmp_path / "model"))
     code = f"""

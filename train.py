@@ -359,7 +359,8 @@ def run(args: Namespace):
     with torch.device("meta"):
         plan(BertForQuestionAnswering(model.config), args)       # tried out, before all the work
     windows = squad.make_windows(train, tokenizer, args.max_length, args.stride)
-    (_, samples), *_ = squad.chunks(dev, tokenizer, args.max_length, args.stride)  # checks all
+    # The first windows are samples to compare models on; the others are only checked.
+    (_, samples), *_ = squad.chunks(dev, tokenizer, args.max_length, args.stride)
     steps = args.epochs * math.ceil(len(windows) / args.batch_size)
     args.warmup = steps * 5 // 100 if args.warmup is None else args.warmup
     args.cooldown = steps - steps * 60 // 100 if args.cooldown is None else args.cooldown

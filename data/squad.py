@@ -229,7 +229,10 @@ def chunks(questions: list[Question], tokenizer: Tokenizer, max_length: int,
 
 def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question], max_length: int,
             stride: int, null_threshold: float = 0.0) -> dict[str, str]:
-    """The best answer to every question, by id; for SQuAD v2.0, "" where [CLS] scores higher."""
+    """The best answer to every question, by id; for SQuAD v2.0, "" where [CLS] scores higher.
+
+    Raises ArithmeticError where the logits are no numbers.
+    """
     answers, pad = {}, tokenizer.token_to_id("[PAD]")
     for chunk, windows in tqdm(chunks(questions, tokenizer, max_length, stride), "evaluate",
                                math.ceil(len(questions) / 256), leave=False, disable=None):
