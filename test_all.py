@@ -976,7 +976,7 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
         ([*real, "--dev", tmp_path / "no"], "no: No such file or directory; check the path"),
         ([*real, *short, "--out", tmp_path / "unfinished"], "--overwrite"),
         (["--eval", tmp_path / "predictions.json", "--dev", data], "predictions.json"),
-        (["--eval", tmp_path / "nowhere", "--dev", data], "nowhere"),
+        (["--eval", tmp_path / "nowhere", "--dev", data], "nowhere: No such file"),
     ):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:

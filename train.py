@@ -255,8 +255,9 @@ def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epoc
 
 def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str, float]:
     """EM and F1 of a saved model's folder, or of a predictions.json."""
-    predictions = squad.predict(*open_model(path, args.max_length), questions, args.max_length,
-        args.stride, args.null_threshold) if Path(path).is_dir() else squad.read_predictions(path)
+    predictions = squad.read_predictions(path) if not Path(path).is_dir() else squad.predict(
+        *open_model(path, args.max_length), questions, args.max_length, args.stride,
+        args.null_threshold)
     if missing := sum(question.id not in predictions for question in questions):
         print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
     return squad.score(predictions, questions)
@@ -264,8 +265,7 @@ def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str,
 
 def questions_in(path: str | None, split: str) -> list[Question]:
     """The questions of a file, or those of the generated corpus."""
-    return squad.read_squad(path) if path else squad.questions_of(
-        generate.corpus(split), "generated corpus")
+    return squad.read_squad(path) if path else squad.questions_of(generate.corpus(split), "corpus")
 
 
 def open_model(folder: str, max_length: int = 0, layers: list[int] | None = None
