@@ -165,7 +165,7 @@ class BlockGroup:
     def density(self) -> float:
         """The fraction of blocks kept."""
         kept = [tied[0].kept for tied in self.masks]
-        return sum(int(k.count_nonzero()) for k in kept) / sum(k.numel() for k in kept)
+        return int(sum(k.count_nonzero() for k in kept)) / sum(k.numel() for k in kept)
 
 
 def best(scores: Tensor, k: int) -> Tensor:

@@ -360,7 +360,7 @@ def run(args: Namespace):
         plan(BertForQuestionAnswering(model.config), args)       # tried out, before all the work
     windows = squad.make_windows(train, tokenizer, args.max_length, args.stride)
     # The first windows are samples to compare models on; the others are only checked.
-    (_, samples), *_ = squad.chunks(dev, tokenizer, args.max_length, args.stride)
+    samples = [part for _, part in squad.chunks(dev, tokenizer, args.max_length, args.stride)][0]
     steps = args.epochs * math.ceil(len(windows) / args.batch_size)
     args.warmup = steps * 5 // 100 if args.warmup is None else args.warmup
     args.cooldown = steps - steps * 60 // 100 if args.cooldown is None else args.cooldown
