@@ -24,7 +24,8 @@ R = ceil(out / r) and C = ceil(in / c), so blocks at the edges may be smaller.
 """
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+import warnings
 from fnmatch import fnmatch
 
 import torch
@@ -43,28 +44,58 @@ class BlockMask(nn.Module):
     dL/dS_ij = sum over block ij of dL/dW' * W
     """
 
-    def __init__(self, scores: nn.Parameter, block: tuple[int, int], transposed: bool = False):
-        """`transposed`: the weight is (in, out) and its blocks c x r, scored by the same (R, C)."""
+    def __init__(self, weight: Tensor, block: str, transposed: bool = False,
+                 owner: BlockMask | None = None):
+        """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
+
+        transposed  the weight is (in, out) and its blocks c x r, scored by the same (R, C)
+        owner       the mask whose scores this one uses, so that both keep the same blocks
+        """
         super().__init__()
-        self.scores, self.block, self.transposed = scores, block, transposed
-        self.register_buffer("kept", torch.ones_like(scores))                   # (R, C), 0 or 1
+        out, in_ = weight.T.shape if transposed else weight.shape
+        r, c = parse_block(block)
+        self.block = (r or out, c or in_)
+        if self.block[0] > out or self.block[1] > in_:
+            raise ValueError(f"block {block} is larger than a matrix of {out} x {in_}; "
+                             "give a smaller one, or `all` for a whole dimension")
+        shape = (-(-out // self.block[0]), -(-in_ // self.block[1]))                       # (R, C)
+        self.transposed = transposed
+        self.owner = (owner or self,)           # in a tuple: PyTorch registers the scores only once
+        if owner is None:
+            ones = torch.ones(shape, dtype=torch.float32, device=weight.device)
+            self.scores = nn.Parameter(torch.zeros_like(ones))
+            self.register_buffer("kept", ones)                                        # M, 0 or 1
+        elif owner.scores.shape != shape:
+            raise ValueError(f"{block} ties matrices together whose sizes differ")
 
     def forward(self, weight: Tensor) -> Tensor:
-        mask = self.kept + (self.scores - self.scores.detach())  # value of kept, gradient of scores
+        kept, scores = self.owner[0].kept, self.owner[0].scores
+        mask = kept + (scores - scores.detach())             # value of kept, gradient of scores
         r, c = self.block
         if self.transposed:
-            mask, r, c = mask.T, c, r
-        (R, C), (rows, columns) = mask.shape, weight.shape
+            mask = mask.T
+            r, c = c, r
+        R, C = mask.shape
+        rows, columns = weight.shape
         if (rows, columns) != (R * r, C * c):                     # blocks at the edges are smaller
             weight = F.pad(weight, (0, C * c - columns, 0, R * r - rows))       # (R r, C c)
+        mask = mask.to(weight.dtype)
         product = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
         return product.view(R * r, C * c)[:rows, :columns]
 
     def magnitude(self, weight: Tensor) -> Tensor:
         """Mean |W| of every block (R, C)."""
-        size = self.block[::-1] if self.transposed else self.block
-        means = F.avg_pool2d(weight.abs()[None], size, ceil_mode=True)[0]
-        return means.T if self.transposed else means
+        if self.transposed:
+            weight = weight.T
+        return F.avg_pool2d(weight.float().abs()[None], self.block, ceil_mode=True)[0]
+
+    def _apply(self, fn, recurse=True):
+        """Scores stay in float32 when a model is cast: in bfloat16 they would stop moving at 4."""
+        super()._apply(fn, recurse)
+        if self.owner[0] is self:
+            self.scores.data = self.scores.data.float()
+            self.kept = self.kept.float()
+        return self
 
 
 class BlockGroup:
@@ -72,7 +103,7 @@ class BlockGroup:
 
     def __init__(self, model: nn.Module, block: str, rows: list[str], columns: list[str] = (),
                  unit: int = 1, method: str = "movement"):
-        """Mask the nn.Linear layers whose names match. Raises ValueError.
+        """Mask the nn.Linear layers whose names match. Raises ValueError, and then masks none.
 
         block    "32x32", "1xall", ...: r outputs by c inputs, `all` for a whole dimension
         rows     name patterns of matrices with r x c blocks (a layer's query, key, value)
@@ -82,99 +113,146 @@ class BlockGroup:
                  the same rows and columns go; its gradient is the sum over all of them.
         method   one of METHODS; magnitude's scores are not learned
         """
-        if method not in METHODS or isinstance(rows, str) or isinstance(columns, str):
-            raise ValueError(f"give a list of names and one of {METHODS}, not {rows!r}, {method!r}")
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        if isinstance(rows, str) or isinstance(columns, str):
+            raise ValueError('rows and columns are lists of name patterns, as in ["*.query"]')
         self.method = method
-        linears = {name: module for name, module in model.named_modules()
-                   if isinstance(module, nn.Linear) and module.weight.numel()}
-        found = [[linears[name] for name in linears if fnmatch(name, pattern)]
-                 for pattern in (*rows, *columns)]
-        if not all(found):
-            raise ValueError(f"no nn.Linear is named like {[*rows, *columns][found.index([])]!r}")
         r, c = parse_block(block)
-        tie = c is None and r is not None and r % unit == 0
-        if tie and len({len(matches) for matches in found}) > 1:
-            raise ValueError(f"{block} ties matrices together, but the patterns match "
-                             f"{', '.join(str(len(matches)) for matches in found)} layers")
-        members = [[(linear, position >= len(rows)) for linear in matches]
-                   for position, matches in enumerate(found)]
-        self.masks: list[list[BlockMask]] = []          # one inner list for every scores parameter
-        self.linears: list[list[nn.Linear]] = []                            # whose weights they are
-        for tied in zip(*members) if tie else ([member] for part in members for member in part):
-            masks: list[BlockMask] = []
-            for linear, transposed in tied:
-                out, in_ = linear.weight.shape if not transposed else linear.weight.T.shape
-                size = (min(r or out, out), min(c or in_, in_))
-                shape = (-(-out // size[0]), -(-in_ // size[1]))
-                if parametrize.is_parametrized(linear, "weight"):
-                    raise ValueError(f"{block}: a layer is masked twice; let one pattern match it")
-                if not masks:
-                    scores = nn.Parameter(linear.weight.new_zeros(shape), method != "magnitude")
-                elif scores.shape != shape:
-                    raise ValueError(f"{block} ties matrices together whose sizes differ")
-                masks.append(BlockMask(scores, size, transposed))
-                # unsafe: without a check that would compute, and hold, every weight once
-                parametrize.register_parametrization(linear, "weight", masks[-1], unsafe=True)
-            self.masks.append(masks)
-            self.linears.append([linear for linear, _ in tied])
+        found = [find_linears(model, pattern) for pattern in (*rows, *columns)]
+        check_free(model, [linear for linears in found for linear in linears])
+        if c is None and r is not None and r % unit == 0:
+            counts = [len(linears) for linears in found]
+            if len(set(counts)) > 1:
+                raise ValueError(f"{block} ties matrices together, but the patterns match {counts} "
+                                 "layers; give patterns that match as many each")
+            self.sharing = list(zip(*found))                          # the n-th of every pattern
+        else:
+            self.sharing = [(linear,) for linears in found for linear in linears]
+        transposed = {linear for linears in found[len(rows):] for linear in linears}
+
+        self.masks: list[BlockMask] = []                              # those that own scores
+        attach = []
+        for linears in self.sharing:
+            owner = None
+            for linear in linears:
+                mask = BlockMask(linear.weight, block, linear in transposed, owner)
+                owner = owner or mask
+                attach.append((linear, mask))
+            owner.scores.requires_grad_(method != "magnitude")
+            self.masks.append(owner)
+        for linear, mask in attach:
+            # unsafe: without a check that would compute, and hold, every weight once
+            parametrize.register_parametrization(linear, "weight", mask, unsafe=True)
 
     @property
     def scores(self) -> list[nn.Parameter]:
-        return [tied[0].scores for tied in self.masks]
+        """The scores (R, C) of every matrix, or of all the matrices that share them."""
+        return [mask.scores for mask in self.masks]
+
+    @property
+    def density(self) -> float:
+        """The fraction of blocks kept."""
+        kept = sum(mask.kept.count_nonzero() for mask in self.masks)
+        return int(kept) / sum(mask.kept.numel() for mask in self.masks)
+
+    def blocks_to_keep(self, density: float) -> int:
+        """round(density * blocks). Raises ValueError if that is none, or more than all."""
+        blocks = sum(scores.numel() for scores in self.scores)
+        if not 0 < density <= 1 or round(density * blocks) == 0:
+            raise ValueError(f"density {density}: give one that keeps some of {blocks} blocks, "
+                             "and 1 at most")
+        return round(density * blocks)
 
     @torch.no_grad()
     def keep(self, density: float):
-        """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index."""
+        """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.
+
+        Raises ValueError for a density that makes no sense, ArithmeticError for scores that do.
+        """
         if self.method == "magnitude":
-            for tied, linears in zip(self.masks, self.linears):
-                sizes = [mask.magnitude(linear.parametrizations.weight.original)
-                         for mask, linear in zip(tied, linears)]
-                tied[0].scores.copy_(sum(sizes) / len(sizes))
+            self.measure_magnitudes()
         scores = torch.cat([scores.flatten() for scores in self.scores])
-        kept = best(scores, round(density * scores.numel())).split([s.numel() for s in self.scores])
-        for tied, part in zip(self.masks, kept):
-            for mask in tied:
-                mask.kept.copy_(part.view_as(mask.scores))
+        if scores.isnan().any():
+            raise ArithmeticError("scores are NaN; lower the learning rates, or clip gradients")
+        kept = best(scores, self.blocks_to_keep(density))
+        sizes = [scores.numel() for scores in self.scores]
+        for mask, part in zip(self.masks, kept.split(sizes)):
+            mask.kept.copy_(part.view_as(mask.kept))
+
+    def measure_magnitudes(self):
+        """Every block's score is its mean |W|, over all the matrices that share it."""
+        for mask, linears in zip(self.masks, self.sharing):
+            weights = [linear.parametrizations.weight for linear in linears]
+            sizes = [masked[0].magnitude(masked.original) for masked in weights]
+            mask.scores.copy_(sum(sizes) / len(sizes))
 
     @torch.no_grad()
     def keep_above(self, tau: float):
         """Keep the blocks with sigmoid(S) > tau."""
-        for tied in self.masks:
-            for mask in tied:
-                mask.kept.copy_(mask.scores.sigmoid() > tau)
+        for mask in self.masks:
+            mask.kept.copy_(mask.scores.sigmoid() > tau)
 
     def penalty(self) -> Tensor:
         """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
         return torch.stack([scores.sigmoid().mean() for scores in self.scores]).mean()
 
-    def advance(self, step: int, start: int, end: int, density: float = 1.0,
-                lambda_: float = 0.0) -> Tensor | float:
+    def advance(self, step: int, start: int, end: int, density: float | None = None,
+                lambda_: float | None = None) -> Tensor | float:
         """Set the masks of this step, on the way from all blocks at `start` to the last at `end`.
 
         density  what movement and magnitude pruning end with
         lambda_  the final weight of soft movement's penalty
         Returns what is to be added to the loss: lambda(t) * penalty, or 0.
         """
-        if self.method != "soft-movement":
-            self.keep(cubic(step, start, end, 1.0, density))
-            return 0.0
-        self.keep_above(cubic(step, start, end, 0.0, TAU))
-        return cubic(step, start, end, 0.0, lambda_) * self.penalty()
+        if self.method != "magnitude" and step > start + (end - start) / 10:
+            self.warn_if_nothing_learns()
+        soft = self.method == "soft-movement"
+        if (density is None) != soft or (lambda_ is not None) != soft:
+            raise ValueError("soft-movement takes a lambda_, other methods a density")
+        if soft:
+            self.keep_above(cubic(step, start, end, 0.0, TAU))
+            return cubic(step, start, end, 0.0, lambda_) * self.penalty()
+        self.keep(cubic(step, start, end, 1.0, density))
+        return 0.0
 
-    @property
-    def density(self) -> float:
-        """The fraction of blocks kept."""
-        kept = [tied[0].kept for tied in self.masks]
-        return int(sum(k.count_nonzero() for k in kept)) / sum(k.numel() for k in kept)
+    def warn_if_nothing_learns(self):
+        if not any(scores.any() for scores in self.scores):
+            warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
+                          "masks, from parameter_groups(model, lr, score_lr)", stacklevel=3)
+
+
+def find_linears(model, pattern) -> list[nn.Linear]:
+    """The layers whose names match, empty ones left out. Raises ValueError if none is linear."""
+    matches = [module for name, module in model.named_modules() if fnmatch(name, pattern)]
+    linears = [module for module in matches if isinstance(module, nn.Linear)]
+    if not linears:
+        kinds = {type(module).__name__ for module in matches}
+        raise ValueError(f"{pattern!r} names no nn.Linear, but {', '.join(kinds) or 'nothing'}")
+    return [linear for linear in linears if linear.in_features * linear.out_features]
+
+
+def check_free(model, linears):
+    """Raises ValueError for a layer that has a mask, or whose weight another module uses, too."""
+    holders = {}                                              # of a parameter: modules' names
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    for linear in linears:
+        if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
+            raise ValueError("a layer is masked twice; let one pattern match it")
+        names = holders[id(linear.weight)]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} share one weight: a mask on one would change "
+                             "the other; leave both out, or give each its own")
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """True for the k greatest scores (n,), the first ones where they tie."""
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+    """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n."""
     threshold = scores.kthvalue(scores.numel() - k + 1).values
     kept = scores > threshold
-    kept[(scores == threshold).nonzero().flatten()[:k - int(kept.sum())]] = True
+    ties = (scores == threshold).nonzero().flatten()
+    kept[ties[:k - int(kept.sum())]] = True
     return kept
 
 
@@ -194,37 +272,41 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list[dict]
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate."""
     named = dict(model.named_parameters())
     scores = [named.pop(name) for name in [*named] if name.endswith(".scores")]
-    return [{"params": [p for p in named.values() if p.ndim > 1], "lr": lr, "weight_decay": 0.01},
-            {"params": [p for p in named.values() if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+    matrices = [parameter for parameter in named.values() if parameter.ndim > 1]
+    vectors = [parameter for parameter in named.values() if parameter.ndim < 2]
+    return [{"params": matrices, "lr": lr, "weight_decay": 0.01},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
             {"params": scores, "lr": score_lr, "weight_decay": 0.0}]
 
 
-def overall_density(groups: Collection[BlockGroup]) -> float:
-    """The fraction of weights kept (of blocks, where those at the edges are smaller)."""
-    weights = [sum(linear.in_features * linear.out_features
-                   for tied in group.linears for linear in tied) for group in groups]
-    kept = sum(group.density * count for group, count in zip(groups, weights))
-    return kept / sum(weights) if weights else 1.0
+@torch.no_grad()
+def bake(model: nn.Module) -> float:
+    """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone.
 
-
-def bake(model: nn.Module):
-    """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight") and \
-                isinstance(module.parametrizations.weight[0], BlockMask):
-            parametrize.remove_parametrizations(module, "weight")
-
-
-def densities(model: nn.Module, pattern: str = "*") -> dict[str, tuple[int, int]]:
-    """Weights that are not zero, and all weights, of every nn.Linear whose name matches."""
-    return {name: (int(module.weight.count_nonzero()), module.weight.numel())
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and fnmatch(name, pattern)}
+    Returns the density reached: the fraction of the masked weights that is not zero.
+    """
+    kept = total = 0
+    for linear in model.modules():
+        if not parametrize.is_parametrized(linear, "weight"):
+            continue
+        masked = linear.parametrizations.weight
+        if not isinstance(masked[0], BlockMask):
+            continue
+        weight = masked.original
+        weight.copy_(linear.weight)
+        kept += int(weight.count_nonzero())
+        total += weight.numel()
+        # By hand: remove_parametrizations would unmask copies of the model, too, but in name.
+        linear.__class__ = parametrize.type_before_parametrizations(linear)
+        del linear.parametrizations
+        linear.weight = weight
+    return kept / max(1, total)
 
 
 def parse_block(text: str) -> tuple[int | None, int | None]:
     """"32x16" -> (32, 16); "1xall" -> (1, None). Raises ValueError."""
-    parts = text.split("x")
-    if len(parts) != 2 or not all(p == "all" or p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"block {text!r} makes no sense; give ROWSxCOLUMNS, as in 32x32 or 1xall")
-    return tuple(None if part == "all" else int(part) for part in parts)
+    match = re.fullmatch("(all|[1-9][0-9]*)x(all|[1-9][0-9]*)", str(text))
+    if not match:
+        raise ValueError(f"block {text!r} makes no sense; give ROWSxCOLUMNS, as in \"32x32\"")
+    r, c = (None if size == "all" else int(size) for size in match.groups())
+    return r, c

@@ -1,20 +1,20 @@
-"""Fine-tune a BERT on SQuAD, learn which blocks of its weights can go, and delete them.
+"""Fine-tune a BERT, learn which blocks of its weights can go, and delete them.
 
-One idea: pruning is fine-tuning with a schedule. The run has five stages, each a few lines of
-`run`: dense fine-tuning, fine-pruning with the dense model as teacher, making the zeros permanent,
-filling (on request), deletion.
+One idea: pruning is fine-tuning with a schedule. A run is a story of stages, the lines of `run`:
+dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros are made
+permanent; deletion; filling, on request.
 
-    python train.py --block 32x32                                    # offline, a few minutes
+    python train.py --block 32x32                                    # offline, about a minute
     python train.py --block 32x32 --model data/bert-base-uncased \\
         --train data/train-v1.1.json --dev data/dev-v1.1.json
     python train.py --block 32x32 --resume                           # after a stop of any kind
-    python train.py --eval out/compact --dev data/dev-v1.1.json      # EM and F1 of a saved model
+    python train.py --eval out/compact --dev data/dev-v1.1.json      # scores of a saved model
     torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
 Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
 
-Shapes in comments: B batch, T tokens.
+Shapes in comments: B batch, T tokens, N targets of a batch, K classes, tokens or positions.
 """
 from __future__ import annotations
 
@@ -22,427 +22,468 @@ import argparse
 import json
 import math
 import os
-import signal
+import shutil
 import sys
 import zlib
 from argparse import Namespace
-from collections.abc import Callable
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import compact
-import prune
-from data import generate, squad
-from data.squad import Question, Window
-from model import BertForQuestionAnswering, read_torch, save_json, whole_file
+import data
+from compact import actual_config, compact, largest_difference, sizes, speedup, survivors
+from data import DEVICE, RANK, TASKS, WORLD, pictures
+from data.text import batches, collate, run_model
+from model import Bert, read_torch, save_json, whole_file
+from prune import METHODS, BlockGroup, bake, parameter_groups
 
-RANK, LOCAL, WORLD = (
-    int(os.environ[name]) if distributed.is_torchelastic_launched() else alone      # by torchrun
-    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 2.0                                                             # of distillation, T
-QUIET = True if RANK else None                                      # bars on a terminal, from one
-NONE = argparse.SUPPRESS                                            # no default that --help shows
+STAGES = ("dense", "pruned", "compact", "filled")
 # Other defaults for the generated corpus, which is what runs without --model and --train.
-OFFLINE = dict(model=str(Path(__file__).parent / "data/tiny-bert"), dense_epochs=2, epochs=5,
-               batch_size=32, lr=1e-3, dropout=0.0, offline=True)
-
-
-def parse_args(argv: list[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], argument_default=NONE,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Without --model and --train, a tiny BERT learns a generated corpus, with defaults "
-        + ", ".join("--{} {}".format(*o) for o in [*OFFLINE.items()][1:-1]).replace("_", "-"))
-    parser.error = fail
-    add = parser.add_argument
-    def number(flag: str, kind: type, default, low: float, high: float, help: str):
-        def value(text: str):
-            if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not {low:g} to {high:g}: {help % ()}")
-            return kind(text)
-        value.__name__ = kind.__name__                                  # for argparse's messages
-        add(flag, type=value, default=default, help=help)
-    add("--block", default="32x32", help="blocks of the attention matrices: 32x32, 64xall, ...")
-    add("--ffn-block", default="1xall", help="blocks of the FFN matrices: 1xall, 32x32, ...")
-    add("--method", default="movement", choices=prune.METHODS, help="what decides about a block")
-    number("--density", float, 0.25, 1e-9, 1, "fraction of the encoder's weights to keep")
-    add("--lambda", dest="lambdas", type=float, nargs="+", default=[10.0], metavar="L",
-        help="soft movement's penalty, which rules its density: one for all, or attention and FFN")
-    add("--model", help="checkpoint's folder (default: the tiny BERT's)")
-    add("--train", help="SQuAD's JSON to train on (default: the generated corpus)")
-    add("--dev", help="SQuAD's JSON to evaluate on (default: likewise)")
-    add("--out", default="out", help="folder for the results")
-    add("--overwrite", action="store_true", default=False, help="replace even an unfinished run")
-    add("--resume", action="store_true", default=False, help="go on with an unfinished run")
-    number("--save-every", int, 500, 1, 1e9, "steps between checkpoints to resume from")
-    add("--eval", metavar="PATH", help="evaluate a saved model's folder or a predictions.json")
-    number("--dense-epochs", int, 2, 0, 1e6, "epochs of fine-tuning before pruning")
-    number("--epochs", int, 20, 0, 1e6, "epochs of fine-pruning")
-    number("--fill-epochs", int, 0, 0, 1e6, "epochs on what is left, its zeros set free")
-    number("--warmup", int, NONE, 0, 1e9, "steps before pruning begins (default: 5%% of them)")
-    number("--cooldown", int, NONE, 1, 1e9, "steps at the final density (default: 40%% of them)")
-    add("--layers", type=layer_numbers, metavar="I,J", help="take only these layers, as in 0,2,4")
-    number("--batch-size", int, 16, 1, 1e6, "windows in a training step")
-    number("--lr", float, 3e-5, 0, 1, "learning rate of the weights")
-    number("--score-lr", float, 1e-2, 0, 1e9, "learning rate of the scores")
-    number("--max-length", int, 384, 1, 1e6, "tokens in a window")
-    number("--stride", int, 128, 0, 1e6, "tokens by which two windows overlap")
-    number("--dropout", float, NONE, 0, 0.999, "dropout in training (default: the checkpoint's)")
-    add("--teacher", metavar="FOLDER", help="model to distill from (default: the dense one)")
-    number("--distill", float, 0.9, 0, 1, "weight of the teacher in the loss, 0 for none")
-    number("--null-threshold", float, 0.0, -1e9, 1e9, "v2.0: no answer where [CLS] wins by more")
-    add("--amp", action="store_true", default=False, help="train in bfloat16 (autocast); for CUDA")
-    number("--seed", int, 0, 0, 2**62, "seed of all random numbers")
-    unset = dict.fromkeys("model train dev eval dropout teacher warmup cooldown layers".split())
-    args = parser.parse_args(argv, Namespace(**unset))
-    args.offline = not (args.model or args.train or args.eval)
-    return parser.parse_args(argv, Namespace(**unset | OFFLINE)) if args.offline else args
-
-
-def layer_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def check(args: Namespace):
-    """Settings that make no sense raise ValueError."""
-    if "" in vars(args).values():
-        raise ValueError("a flag is empty; give a path or leave the flag out")
-    if not args.eval and (bool(args.train) != bool(args.dev) or not args.model):
-        raise ValueError("--train, --dev and --model go together; see python data/download.py")
-    written = ["masked", "compact", *["dense"] * bool(args.dense_epochs)]
-    for path in filter(None, (args.model, args.teacher)):
-        if Path(path).resolve() in [(Path(args.out) / name).resolve() for name in written]:
-            raise ValueError(f"{path}: the run would write over it; give another --out")
-    if len(args.lambdas) > 2 or not all(0 <= value < math.inf for value in args.lambdas):
-        raise ValueError(f"--lambda {args.lambdas}: give one number >= 0, or two: attention, FFN")
-    if args.layers and args.distill and not args.teacher and not args.dense_epochs:
-        raise ValueError("--layers: part of a model cannot teach; give --teacher or --dense-epochs")
-
-
-def fail(error: Exception | str, status: int = 2):
-    """One line on standard error, and the end."""
-    if isinstance(error, OSError) and error.strerror:                # the system's own words
-        mend = "make room" if "space" in error.strerror else "check the path"
-        error = f"{error.filename or 'output'}: {error.strerror}; {mend}"
-    if RANK == 0:
-        print(Path(sys.argv[0]).name, " ".join(str(error).split()), sep=": ", file=sys.stderr)
-    sys.exit(status)
-
-
-def sample_inputs(windows: list[Window], pad: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The model's inputs in batches of 8, for comparing models."""
-    parts = [windows[low:low + 8] for low in range(0, len(windows), 8)]
-    return [squad.collate(part, pad, DEVICE)["inputs"] for part in parts]
-
-
-def span_loss(logits: tuple[Tensor, Tensor], batch: dict[str, Tensor], distill: float) -> Tensor:
-    """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), each the mean of start and end.
-
-    logits: start and end (B, T); a = distill. Padding gets -1e4, which is probability 0 (with -inf,
-    KL would be NaN).
-    """
-    loss = 0.0
-    for which, z in zip(("start", "end"), logits):
-        z = z.float().masked_fill(~batch["mask"], -1e4)                      # (B, T)
-        loss = loss + (1 - distill) * F.cross_entropy(z, batch[which]) / 2
-        if distill:
-            student = F.log_softmax(z / TEMPERATURE, -1)
-            teacher = F.log_softmax(batch[f"teacher_{which}"] / TEMPERATURE, -1)
-            kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-            loss = loss + distill * TEMPERATURE ** 2 * kl / 2
-    return loss
-
-
-def teacher_logits(model: nn.Module, windows: list[Window], pad: int) -> list[Tensor]:
-    """Start and end logits (T, 2) of every window: computed once, for all epochs."""
-    logits: list[Tensor] = [torch.empty(0)] * len(windows)
-    for indices, _, start, end in tqdm(squad.logits_of(model, windows, pad), "teacher", leave=False,
-                                       total=math.ceil(len(windows) / 32), disable=QUIET):
-        for i, row in zip(indices, torch.stack((start, end), -1).cpu()):               # (T, 2)
-            logits[i] = row[:len(windows[i].ids)].clone()
-    return logits
-
-
-def fit(model: nn.Module, windows: list[Window], pad: int, args: Namespace, epochs: int, stage: str,
-        log: TextIO, groups: list[prune.BlockGroup] = (), teacher: list[Tensor] | None = None,
-        state: dict | None = None, save: Callable = lambda *_: None):
-    """Train; prune the blocks of `groups` on the way; distill from `teacher`, its logits (T, 2).
-
-    state: a checkpoint to go on from, if it is of this stage; save(stage, step, model, optimizer)
-    writes one. Raises ArithmeticError if the loss is no number, KeyboardInterrupt once saved.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and args.dropout is not None:
-            module.p = args.dropout
-    parameters = prune.parameter_groups(model, args.lr, args.score_lr)
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    scores = parameters[2]["params"]
-    weights = [p for p in model.parameters() if not any(p is score for score in scores)]
-    parallel = DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
-    total = epochs * math.ceil(len(windows) / args.batch_size)
-    schedule = ((epoch, indices) for epoch in range(epochs)
-                for indices in squad.batches(windows, args.batch_size, epoch, args.seed))
-    done = 0
-    if state and state["stage"] == stage:
-        done = state["step"]
-        model.load_state_dict(state.pop("model")), optimizer.load_state_dict(state.pop("optimizer"))
-    else:
-        save(stage, 0, model, optimizer)
-    stop: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(1))    # Ctrl-C: after this step
-    model.train()
-    bar = tqdm(islice(enumerate(schedule), done, None), stage, total, initial=done, unit="step",
-               disable=QUIET)
-    for step, (epoch, indices) in bar:
-        torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
-        lr = args.lr * min((step + 1) / max(1, total // 10),      # up over a tenth, then down to 0
-                           (total - step) / max(1, total - total // 10))
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
-        penalty = sum(group.advance(step, args.warmup, total - args.cooldown, args.density, lambda_)
-                      for group, lambda_ in zip(groups, args.lambdas * 2))
-        part = indices[RANK::WORLD]                                    # this process's share
-        share = len(part) * WORLD / len(indices)
-        part = part or indices[:1]
-        batch = squad.collate([windows[i] for i in part], pad, DEVICE)
-        if teacher:
-            both = nn.utils.rnn.pad_sequence([teacher[i] for i in part], True, -1e4).to(DEVICE)
-            batch["teacher_start"], batch["teacher_end"] = both.unbind(-1)              # (B, T)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bool(args.amp)):
-            logits = parallel(*batch["inputs"])
-        loss = share * span_loss(logits, batch, args.distill if teacher else 0.0) + penalty
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, 1.0)
-        nn.utils.clip_grad_norm_(scores, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        sums = torch.stack([loss.detach(), loss.new_tensor(len(stop))])   # all processes agree on
-        if WORLD > 1:
-            distributed.all_reduce(sums)
-        line = {"stage": stage, "epoch": epoch, "step": step, "loss": sums[0].item() / WORLD,
-                "density": prune.overall_density(groups), "lr": lr}
-        if not math.isfinite(line["loss"] + norm.item()):
-            ids = ", ".join(windows[i].id for i in indices)
-            raise ArithmeticError(f"{stage}: loss {line['loss']}, gradient {norm:.3g} at step "
-                                  f"{step}, learning rate {lr:.3g}, questions {ids}; lower --lr")
-        log.write(json.dumps(line) + "\n")
-        bar.set_postfix({name: f"{line[name]:.3g}" for name in ("loss", "density", "lr")},
-                        refresh=False)
-        if args.method == "soft-movement" and step in (max(1, total - args.cooldown), total - 1):
-            for name, group in zip(("attention", "FFN"), groups):
-                if group.density in (0, 1) and RANK == 0:
-                    keeps = "every block; raise" if group.density else "no block; lower"
-                    bar.write(f"{name}: the threshold keeps {keeps} --lambda", sys.stderr)
-        if sums[1] or (step + 1) % args.save_every == 0 or (step + 1) % (total // epochs) == 0:
-            save(stage, step + 1, model, optimizer)
-        if sums[1]:
-            raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, handler)
-    if stop:                                              # as the last step was being saved
-        raise KeyboardInterrupt
-
-
-def evaluate(path: str, questions: list[Question], args: Namespace) -> dict[str, float]:
-    """EM and F1 of a saved model's folder, or of a predictions.json."""
-    predictions = squad.read_predictions(path) if not Path(path).is_dir() else squad.predict(
-        *open_model(path, args.max_length), questions, args.max_length, args.stride,
-        args.null_threshold)
-    if missing := sum(question.id not in predictions for question in questions):
-        print(f"{path}: no prediction for {missing} of {len(questions)} questions", file=sys.stderr)
-    return squad.score(predictions, questions)
-
-
-def questions_in(path: str | None, split: str) -> list[Question]:
-    """The questions of a file, or those of the generated corpus."""
-    return squad.read_squad(path) if path else squad.questions_of(generate.corpus(split), "corpus")
-
-
-def open_model(folder: str, max_length: int = 0, layers: list[int] | None = None
-               ) -> tuple[BertForQuestionAnswering, Tokenizer]:
-    """A saved model and its tokenizer, checked against each other and against the window."""
-    model = BertForQuestionAnswering.from_pretrained(folder, layers)
-    tokenizer = squad.load_tokenizer(folder)
-    known, size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
-    if known > size:
-        raise ValueError(f"{folder}: the tokenizer has {known} tokens, the model {size}; "
-                         "take both from the same checkpoint")
-    if max_length > model.config.max_position_embeddings:
-        raise ValueError(f"{folder}: the model reads {model.config.max_position_embeddings} tokens "
-                         f"at most; lower --max-length {max_length}")
-    return model.to(DEVICE), tokenizer
-
-
-def claim(folder: Path, args: Namespace, settings: dict) -> tuple[TextIO, dict | None]:
-    """The log in the output folder, and the checkpoint to go on from. Raises ValueError.
-
-    settings: what must be as it was in the run to resume.
-    """
-    path, checkpoint, state = folder / "log.jsonl", folder / "checkpoint.pt", None
-    if args.resume and checkpoint.exists():
-        state = read_torch(checkpoint)
-        if not path.exists() or path.stat().st_size < state.get("log", 0):
-            raise ValueError(f"{path}: not all that it was at {checkpoint}; give --overwrite")
-        for name, now in settings.items():
-            if now != (then := state.get("settings", {}).get(name)):
-                raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not {now}; resume "
-                                 "it with the same, or give another --out")
-    elif RANK == 0 and path.exists() and not (
-            (folder / "summary.json").exists() or args.overwrite or args.resume):
-        raise ValueError(f"{folder}: holds an unfinished run; give --resume to go on with it, "
-                         "--overwrite or another --out")
-    if RANK:
-        return open(os.devnull, "w"), state
-    folder.mkdir(parents=True, exist_ok=True)
-    if not state:
-        checkpoint.unlink(missing_ok=True)
-    log = open(path, "r+" if state else "w", encoding="utf-8", buffering=1)
-    log.seek(state["log"] if state else 0), log.truncate()
-    (folder / "summary.json").unlink(missing_ok=True)
-    return log, state
-
-
-def plan(model: nn.Module, args: Namespace) -> list[prune.BlockGroup]:
-    """Mask the attention and the FFN matrices. Raises ValueError if no block would be left."""
-    groups = [prune.BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
-                               ["*.attention.output"], model.config.head_size, args.method),
-              prune.BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"],
-                               method=args.method)]
-    for name, block, group in zip(("attention", "FFN"), (args.block, args.ffn_block), groups):
-        count = sum(scores.numel() for scores in group.scores)
-        if args.epochs and args.method != "soft-movement" and not round(args.density * count):
-            raise ValueError(f"--density {args.density} keeps none of the {name}'s {count} blocks "
-                             f"of {block}, so every layer's would be empty; raise it")
-    return groups
+OFFLINE = {"model": str(Path(__file__).parent / "data/tiny-bert"), "dense_epochs": 1, "epochs": 2,
+           "batch_size": 32, "lr": 1e-3, "dropout": 0.0}
 
 
 def main(argv: list[str] | None = None):
-    try:
-        run(parse_args(argv))
-    except KeyboardInterrupt:
-        fail("stopped; the same command with --resume goes on with a run", 130)
-    except (ValueError, OSError, ArithmeticError) as error:
-        fail(error)
+    with data.one_line_errors():
+        args = parse_args(argv)
+        if args.eval:
+            print(json.dumps(evaluate(args)))
+        else:
+            run(args)
 
 
-def run(args: Namespace):
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    # All that comes from outside is opened and checked here, before anything is written.
+def run(args):
+    """The whole story: fine-tune, prune, delete, fill."""
+    run, model, teacher = prepare(args)
+    model = run.stage("dense", model, args.dense_epochs)
+    if args.distill and args.epochs + args.fill_epochs:
+        teacher = Teacher(teacher or model, run)
+    groups = add_masks(model, args)
+    model = run.stage("pruned", model, args.epochs, groups, teacher)
+    small = compact(model)
+    difference = largest_difference(model, small, run.samples)
+    run.finish("compact", small)
+    if args.fill_epochs:
+        small = run.stage("filled", small, args.fill_epochs, teacher=teacher)
+    report(run, model, small, difference)
+
+
+class Teacher:
+    """A model that does not change: its logits on every window, computed once, for all epochs."""
+
+    def __init__(self, model, run):
+        self.logits: list[Tensor] = [None] * len(run.windows)                      # (n, K) each
+        for indices, _, logits in run_model(model, run.windows, run.pad):
+            counts = [len(run.windows[i].targets) for i in indices]
+            parts = logits.flatten(0, -2).cpu().split(counts)
+            for i, part in zip(indices, parts):
+                self.logits[i] = part.clone()
+
+    def rows(self, indices, width) -> Tensor:
+        """The logits (N, K) of a batch whose own are `width` wide: padding, -1e4, may differ."""
+        rows = []
+        for i in indices:
+            missing = width - self.logits[i].shape[-1]
+            rows.append(F.pad(self.logits[i], (0, missing), value=-1e4))
+        return torch.cat(rows).to(DEVICE)
+
+
+def task_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, a: float) -> Tensor:
+    """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
+
+    logits (..., K), a row for every target (N,); teacher: its logits (N, K), or None: a is 0 then.
+    Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
+    """
+    z = logits.flatten(0, -2).float()                                                    # (N, K)
+    loss = F.cross_entropy(z, targets)
+    if teacher is None:
+        return loss
+    student = F.log_softmax(z / TEMPERATURE, -1)
+    teacher = F.log_softmax(teacher / TEMPERATURE, -1)
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return (1 - a) * loss + a * TEMPERATURE ** 2 * kl
+
+
+def fit(run, stage, model, epochs, groups, teacher):
+    """Train, from where the run was stopped; prune the blocks of `groups` on the way.
+
+    Raises ArithmeticError if the loss is no number.
+    """
+    args = run.args
+    set_up(model, args.dropout)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.score_lr), fused=True)
+    matrices, vectors, scores = (group["params"] for group in optimizer.param_groups)
+    schedule = []
+    for epoch in range(epochs):
+        for batch in batches(run.windows, args.batch_size, epoch, args.seed):
+            schedule.append((epoch, batch))
+    first = run.restore(stage, model, optimizer)
+    total = len(schedule)
+    parallel = DistributedDataParallel(model) if WORLD > 1 else model
+    bar = tqdm(range(first, total), stage, total, initial=first, disable=True if RANK else None)
+    for step in bar:
+        epoch, batch = schedule[step]
+        torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
+        lr = set_learning_rate(optimizer, args.lr, step, total)
+        penalty = update_masks(groups, step, total, args)
+        loss = batch_loss(run, parallel, batch, teacher) + penalty
+        loss.backward()
+        nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        nn.utils.clip_grad_norm_(scores, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        line = {"epoch": epoch + 1, "step": step, "lr": lr, "loss": mean_of_processes(loss)}
+        for name, group in zip(("attention", "ffn"), groups):
+            line[f"{name}_density"] = group.density
+        if not math.isfinite(line["loss"]):
+            ids = ", ".join(run.windows[i].id for i in batch)
+            raise ArithmeticError(f"{stage}: {line}: the loss is no number; lower --lr, or look at "
+                                  f"the examples {ids}")
+        run.log.write(json.dumps({"stage": stage, **line}) + "\n")
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in line.items())
+        bar.set_postfix_str(numbers, refresh=False)
+        ends_epoch = (step + 1) % (total // epochs) == 0
+        if ends_epoch and not sys.stdout.isatty():
+            say(f"{stage}: {numbers}")
+        if ends_epoch or (step + 1) % args.save_every == 0:
+            run.save(stage, step + 1, model, optimizer)
+
+
+def set_up(model, dropout):
+    """Ready a model for training."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and dropout is not None:
+            module.p = dropout
+    for parameter in model.parameters():                     # of layers without heads: no gradient
+        parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
+
+
+def set_learning_rate(optimizer, peak, step, total) -> float:
+    """Up over a tenth of the steps, then down to 0; the scores' rate stays."""
+    warm = max(1, total // 10)
+    lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
+    for group in optimizer.param_groups[:2]:
+        group["lr"] = lr
+    return lr
+
+
+def batch_loss(run, model, batch, teacher) -> Tensor:
+    """The loss of this process's windows of a batch, counted as their share of its targets."""
+    counts = [len(run.windows[i].targets) for i in batch]
+    share = sum(counts[RANK::WORLD]) / sum(counts)
+    mine = batch[RANK::WORLD] or batch[:1]                # one that counts 0: all must take part
+    inputs, targets = collate([run.windows[i] for i in mine], run.pad, DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=run.args.amp):
+        logits = model(*inputs)
+    rows = teacher.rows(mine, logits.shape[-1]) if teacher else None
+    return WORLD * share * task_loss(logits, targets, rows, run.args.distill)
+
+
+def mean_of_processes(loss: Tensor) -> float:
+    loss = loss.detach()
+    if WORLD > 1:
+        distributed.all_reduce(loss)
+    return loss.item() / WORLD
+
+
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------ pruning
+
+
+def add_masks(model, args) -> list[BlockGroup]:
+    """Mask the attention and the FFN matrices. Raises ValueError if no block would be left."""
+    attention = BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
+                           ["*.attention.output"], model.config.head_size, args.method)
+    ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], method=args.method)
+    if args.method != "soft-movement":
+        attention.blocks_to_keep(args.density)
+        ffn.blocks_to_keep(args.density)
+    return [attention, ffn]
+
+
+def update_masks(groups, step, total, args) -> Tensor | float:
+    """The masks of this step; what soft movement adds to the loss, or 0."""
+    start = round(args.warmup * total)
+    end = total - round(args.cooldown * total)
+    penalty = 0.0
+    for group, lambda_ in zip(groups, args.lambdas):
+        goal = {"density": args.density}
+        if args.method == "soft-movement":
+            goal = {"lambda_": lambda_}
+        penalty = penalty + group.advance(step, start, end, **goal)
+    return penalty
+
+
+# ---------------------------------------------------------------------------- the data, the folder
+
+
+def prepare(args):
+    """Open and check all that comes from outside, then claim the folder; model and teacher."""
     check(args)
     if WORLD > 1:
-        distributed.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo",
-                                       timeout=timedelta(days=1))   # the first one evaluates
+        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=1))    # the first evaluates
     torch.manual_seed(args.seed)
-    dev = questions_in(args.dev, "dev")
-    if args.eval:
-        print(json.dumps(evaluate(args.eval, dev, args)))
-        return
-    train = questions_in(args.train, "train")
-    model, tokenizer = open_model(args.model, args.max_length, args.layers)
-    teacher, vocabulary = open_model(args.teacher, args.max_length) if args.teacher else \
-        (model, tokenizer)
-    if vocabulary.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{args.teacher}: has not {args.model}'s vocabulary; give another")
-    if args.distill and not (teacher.has_span_head or teacher is model and args.dense_epochs):
-        raise ValueError(f"{args.teacher or args.model}: has no span head and cannot teach; "
-                         "fine-tune it first, with --dense-epochs, or give --distill 0")
+    task = TASKS[args.task or "qa"]
+    model, tokenizer, _ = data.open_model(args.model, task, args.max_length)
+    knows = model.has_head and not args.layers or args.dense_epochs             # enough to teach
+    teacher = None
+    if args.teacher:
+        teacher, other, _ = data.open_model(args.teacher, task, args.max_length)
+        knows = teacher.has_head and other.get_vocab() == tokenizer.get_vocab()
+    if args.distill and not knows:
+        raise ValueError(f"{args.teacher or args.model}: cannot teach, without a head, with part "
+                         "of its layers, or with other tokens; give --dense-epochs, another "
+                         "--teacher or --distill 0")
+    if args.layers:
+        take_layers(model, args.layers)
     with torch.device("meta"):
-        plan(BertForQuestionAnswering(model.config), args)       # tried out, before all the work
-    windows = squad.make_windows(train, tokenizer, args.max_length, args.stride)
-    # The first windows are samples to compare models on; the others are only checked.
-    samples = [part for _, part in squad.chunks(dev, tokenizer, args.max_length, args.stride)][0]
-    steps = args.epochs * math.ceil(len(windows) / args.batch_size)
-    args.warmup = steps * 5 // 100 if args.warmup is None else args.warmup
-    args.cooldown = steps - steps * 60 // 100 if args.cooldown is None else args.cooldown
-    if args.warmup + args.cooldown > steps > 0:
-        raise ValueError(f"--warmup {args.warmup} and --cooldown {args.cooldown} are more than "
-                         f"the {steps} steps of pruning; lower them")
-    out, settings = Path(args.out), {**vars(args), "processes": WORLD}
-    for name in ("out", "overwrite", "resume", "save_every"):            # these may change
-        del settings[name]
-    for name, part in (("train", train), ("dev", dev)):
-        crcs = [zlib.crc32(repr(question).encode()) for question in part]
-        settings[name] = f"{len(part)} questions (crc {zlib.crc32(repr(crcs).encode()):08x})"
-    log, state = claim(out, args, settings)
-    print(f"{len(train)} questions to train on, {len(windows)} windows; {len(dev)} to evaluate on"
-          + " (a generated corpus; README.md says how to train on SQuAD)" * (not args.train)
-          + f"; nothing to resume in {out}, so it starts" * (args.resume and not state))
+        add_masks(type(model)(model.config), args)               # tried out, before all the work
+    run = Run(args, task, tokenizer)
+    run.claim()
+    return run, model, teacher
 
-    def save(stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer):
+
+def take_layers(model, layers):
+    """Leave all other layers out. Raises ValueError."""
+    if not all(0 <= i < len(model.layers) for i in layers):
+        raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, not {layers}")
+    model.layers = nn.ModuleList(model.layers[i] for i in layers)
+    model.config = actual_config(model)
+
+
+class Run:
+    """What the stages share: the data, and the output folder with its log and its checkpoint.
+
+    Only checkpoint.pt knows which stages are finished, and where to go on in the one that is not.
+    """
+
+    def __init__(self, args, task, tokenizer):
+        """Read the data and cut them into windows. Raises ValueError."""
+        self.args = args
+        self.task = task
+        self.tokenizer = tokenizer
+        self.pad = tokenizer.token_to_id("[PAD]")
+        self.out = Path(args.out)
+        train = data.read_examples(task, args.train, "train")
+        self.dev = data.read_examples(task, args.dev, "dev")
+        self.windows = task.make_windows(train, tokenizer, args)
+        self.samples = data.inputs_of(task.make_windows(self.dev, tokenizer, args), tokenizer)
+        settings = {**vars(args), "train": fingerprint(train), "dev": fingerprint(self.dev),
+                    "processes": WORLD}
+        for name in ("out", "overwrite", "resume", "save_every"):            # these may change
+            del settings[name]
+        self.state = {"settings": settings, "scores": {}, "stage": None, "step": 0, "log": 0}
+        self.clock = perf_counter()
+        say(f"{args.train or 'a generated corpus'}: {len(train)} examples to train on, "
+            f"{len(self.windows)} windows; {len(self.dev)} examples to evaluate on")
+
+    def claim(self):
+        """Take the folder: go on with its run, or start anew. Raises ValueError."""
+        checkpoint, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
+        summary = self.out / "summary.json"
+        resumes = self.args.resume and checkpoint.exists()
+        if resumes:
+            settings = self.state["settings"]
+            self.state = read_torch(checkpoint)
+            for name, then in self.state["settings"].items():
+                if settings[name] != then:
+                    raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not "
+                                     f"{settings[name]}; give the same, or another --out")
+            os.truncate(log, self.state["log"])              # to where it was at the checkpoint
+        elif checkpoint.exists() and not summary.exists() and not self.args.overwrite:
+            raise ValueError(f"{self.out}: holds an unfinished run; give --resume to go on with "
+                             "it, --overwrite or another --out")
+        if WORLD > 1:
+            distributed.barrier()                            # all have looked: one may write
+        if RANK == 0 and not resumes:
+            if checkpoint.exists():
+                for name in STAGES:
+                    shutil.rmtree(self.out / name, ignore_errors=True)          # an older run's
+            self.out.mkdir(parents=True, exist_ok=True)
+            summary.unlink(missing_ok=True)
+            log.write_text("")
+        self.log = open(os.devnull if RANK else log, "a", encoding="utf-8", buffering=1)
+        if not resumes:
+            self.save()
+
+    def stage(self, name, model, epochs, groups=(), teacher=None) -> Bert:
+        """Train, make the masks permanent, save and score; if that is done, open what was saved."""
+        if name in self.state["scores"] and epochs:
+            return data.open_model(self.out / name, self.task)[0]
+        fit(self, name, model, epochs, groups, teacher)
+        bake(model)
+        self.finish(name, model, save=epochs > 0 or name != "dense")
+        return model
+
+    def finish(self, name, model, save=True):
+        """Save and score a model, once, and not in every process."""
+        if RANK or name in self.state["scores"]:
+            return
+        if save:
+            data.save_model(model, self.out / name, self.args.model)
+        predictions = self.task.predict(model, self.tokenizer, self.dev, self.args)
+        save_json(self.out / "predictions.json", predictions)
+        scores = self.task.score(predictions, self.dev)
+        self.state["scores"][name] = scores
+        self.save()
+        took = perf_counter() - self.clock
+        self.clock += took
+        say(f"{name}: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())} ({took:.0f} s)")
+
+    def save(self, stage=None, step=0, model=None, optimizer=None):
         """Write the checkpoint to resume from; it appears whole or not at all."""
-        if RANK == 0:
-            with whole_file(out / "checkpoint.pt") as file:
-                os.fsync(log.fileno())
-                torch.save({"settings": settings, "stage": stage, "step": step, "rows": rows,
-                            "log": log.tell(), "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict()}, file)
-
-    def finish(stage: str, model: BertForQuestionAnswering, folder: str | None = None):
-        """Save the model and measure it: once, not in every process."""
         if RANK:
             return
-        if folder:
-            model.save_pretrained(out / folder, args.model)
-        predictions = squad.predict(model, tokenizer, dev, args.max_length, args.stride,
-                                    args.null_threshold)
-        rows[stage] = squad.score(predictions, dev)
-        print("{}: EM {exact_match:.2f}, F1 {f1:.2f}".format(stage, **rows[stage]), flush=True)
-        save_json(out / "predictions.json", predictions)
+        os.fsync(self.log.fileno())
+        self.state |= {"stage": stage, "step": step, "log": self.log.tell()}
+        tensors = {}
+        if stage:
+            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        with whole_file(self.out / "checkpoint.pt") as file:
+            torch.save(self.state | tensors, file)
 
-    rows: dict[str, dict[str, float]] = state["rows"] if state else {}
-    pad, logits, at = tokenizer.token_to_id("[PAD]"), None, state["stage"] if state else "dense"
-    # 1. Dense fine-tuning.
-    if at == "dense":
-        fit(model, windows, pad, args, args.dense_epochs, "dense", log, (), None, state, save)
-        finish("dense", model, "dense" if args.dense_epochs else None)
-    elif args.dense_epochs:
-        model.load_state_dict(open_model(str(out / "dense"))[0].state_dict())
-    # 2. Fine-pruning: the same loop with masks on, and the dense model as teacher.
-    if args.distill and args.epochs + args.fill_epochs:
-        logits = teacher_logits(teacher, windows, pad)
-    del teacher
-    if at != "fill":
-        groups = plan(model, args)
-        fit(model, windows, pad, args, args.epochs, "prune", log, groups, logits, state, save)
-        # 3. Make the zeros permanent.
-        prune.bake(model)
-        if args.fill_epochs:
-            finish("unfilled", model, "masked")
-    else:
-        model.load_state_dict(open_model(str(out / "masked"))[0].state_dict())
-    # 4. Fill: train on what deletion would leave, from its zeros, and write it back.
-    if args.fill_epochs:
-        small = compact.compact(model)
-        fit(small, windows, pad, args, args.fill_epochs, "fill", log, (), logits, state, save)
-        compact.expand(small, model)
-    finish("pruned", model, "masked")
-    # 5. Delete the zeros, and prove that nothing else changed.
-    small = compact.compact(model)
-    inputs = sample_inputs(samples, pad)
-    difference = compact.largest_difference(model, small, inputs)
-    finish("compact", small, "compact")
+    def restore(self, stage, model, optimizer) -> int:
+        """Go on from the checkpoint, if it is of this stage; the step to begin with."""
+        if self.state["stage"] != stage:
+            return 0
+        model.load_state_dict(self.state.pop("model"))
+        optimizer.load_state_dict(self.state.pop("optimizer"))
+        return self.state["step"]
+
+
+def fingerprint(examples) -> str:
+    return f"{len(examples)} examples (crc {zlib.crc32(repr(examples).encode()):08x})"
+
+
+def report(run, model, small, difference):
+    """Print and draw what is left; write summary.json: the run is finished."""
     if WORLD > 1:
         distributed.destroy_process_group()
     if RANK:
         return
-    speed = compact.speedup(model, small, inputs[0])
-    summary = compact.summarise(rows, model, small, difference, speed)
-    print(f"\n{compact.layer_table(model, small)}\n\n{compact.closing_table(summary)}\n\n"
-          f"heads that only average: {summary['heads_mean']}\n"
-          f"largest difference between pruned and compact logits: {difference:.1e}\n"
-          f"models, predictions, log and picture: {out}")
-    (out / "layers.svg").write_text(compact.drawing(model))
-    save_json(out / "summary.json", summary)                         # the run is finished
+    speed, *quartiles = speedup(model, small, run.samples[0])
+    summary = {
+        "headline": run.task.HEADLINE, **run.state["scores"], **sizes(model, small),
+        "largest_logit_difference": difference, "speedup": speed, "speedup_quartiles": quartiles,
+    }
+    layers = survivors(model)
+    (run.out / "layers.svg").write_text(pictures.layers_svg(layers))
+    save_json(run.out / "summary.json", summary)
+    say(pictures.report(layers, summary))
+    say(f"models, predictions, log and picture: {run.out}")
+
+
+def evaluate(args) -> dict[str, float]:
+    """Scores of a saved model's folder, or of a predictions.json."""
+    if args.dev is None:
+        print("no --dev: evaluated on the generated corpus", file=sys.stderr)
+    task = TASKS[args.task or "qa"]
+    if not Path(args.eval).is_dir():
+        examples = data.read_examples(task, args.dev, "dev")
+        return task.score(data.read_predictions(args.eval, examples), examples)
+    model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
+    examples = data.read_examples(task, args.dev, "dev")
+    return task.score(task.predict(model, tokenizer, examples, args), examples)
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def between(low, high, kind=float):
+    """A number in a range, for argparse."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {low:g} to {high:g}")
+        return value
+    return number
+
+
+def layer_numbers(text):
+    return [int(number) for number in text.split(",")]
+
+
+SHARE = between(0, 1)
+WHOLE = between(0, 1e9, int)
+POSITIVE = between(1, 1e9, int)
+FLAGS = [                                                # flag, type, default, help
+    ("--model", str, None, "checkpoint's folder (default: the tiny BERT's)"),
+    ("--train", str, None, "file to train on (default: a generated corpus)"),
+    ("--dev", str, None, "file to evaluate on (default: likewise)"),
+    ("--out", str, "out", "folder for the results"),
+    ("--save-every", POSITIVE, 500, "steps between checkpoints"),
+    ("--eval", str, None, "score a saved model's folder or a predictions.json"),
+    ("--block", str, "32x32", "blocks of the attention matrices: 32x32, 64xall, ..."),
+    ("--ffn-block", str, "1xall", "blocks of the FFN matrices: 1xall, 32x32, ..."),
+    ("--density", SHARE, 0.25, "fraction of the encoder's weights to keep"),
+    ("--warmup", SHARE, 0.05, "part of the steps before pruning begins"),
+    ("--cooldown", SHARE, 0.4, "part of the steps at the final density"),
+    ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
+    ("--epochs", WHOLE, 20, "epochs of fine-pruning"),
+    ("--fill-epochs", WHOLE, 0, "epochs on what is left, its zeros set free"),
+    ("--layers", layer_numbers, None, "take only these layers, as in 0,2,4"),
+    ("--batch-size", POSITIVE, 16, "windows in a training step"),
+    ("--lr", SHARE, 3e-5, "learning rate of the weights"),
+    ("--score-lr", between(0, 1e9), 1e-2, "learning rate of the scores"),
+    ("--dropout", between(0, 0.999), None, "in training (default: the checkpoint's)"),
+    ("--teacher", str, None, "folder of the model to distill from (default: the dense one)"),
+    ("--distill", SHARE, 0.9, "weight of the teacher in the loss"),
+    ("--seed", WHOLE, 0, "seed of all random numbers"),
+    ("--max-length", POSITIVE, 384, "tokens in a window"),
+    ("--stride", WHOLE, 128, "tokens by which two windows overlap"),
+    ("--max-answer", POSITIVE, 30, "tokens in an answer"),
+    ("--null-threshold", between(-1e9, 1e9), 0.0, "SQuAD v2.0: no answer where [CLS] wins by more"),
+]
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = data.Parser(description=__doc__.splitlines()[0],
+                         epilog="Without --model and --train, a tiny BERT learns a generated "
+                         f"corpus, with other defaults: {OFFLINE}")
+    add = parser.add_argument
+    add("--task", choices=TASKS, help="what to learn (default: qa; --eval: what the model says)")
+    add("--method", default="movement", choices=METHODS, help="what decides (default: movement)")
+    add("--lambda", dest="lambdas", type=between(0, 1e9), nargs=2, default=[10.0, 10.0],
+        metavar="L", help="soft movement's penalties, of attention and FFN (default: 10 10)")
+    add("--resume", action="store_true", help="go on with an unfinished run")
+    add("--overwrite", action="store_true", help="replace even an unfinished run")
+    add("--amp", action="store_true", help="train in bfloat16 (autocast)")
+    for flag, kind, default, text in FLAGS:
+        if default is not None:
+            text += f" (default: {default})"
+        add(flag, type=kind, default=default, help=text, metavar=flag[2:].upper())
+    args = parser.parse_args(argv)
+    if not (args.model or args.train or args.eval):
+        parser.set_defaults(**OFFLINE)
+        args = parser.parse_args(argv)
+    return args
+
+
+def check(args):
+    """Settings that make no sense together raise ValueError."""
+    if "" in vars(args).values():
+        raise ValueError("a flag is empty; give a path or leave the flag out")
+    if bool(args.train) != bool(args.dev) or not args.model:
+        raise ValueError("--train, --dev and --model go together; see python data/download.py")
+    written = [(Path(args.out) / name).resolve() for name in STAGES]
+    for path in (args.model, args.teacher):
+        if path and Path(path).resolve() in written:
+            raise ValueError(f"{path}: the run would write over it; give another --out")
+    if args.warmup + args.cooldown > 1:
+        raise ValueError("--warmup and --cooldown together are more than all the steps")
 
 
 if __name__ == "__main__":

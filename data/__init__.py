@@ -1,1 +1,141 @@
-"""SQuAD's format, the generated corpus, downloads."""
+"""What both command lines share: the tasks by name, saved models with all that belongs to them,
+and errors of one line."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, distributed
+
+from data import corpus, pictures, squad, text  # noqa: F401
+from data.text import Settings, collate, copy_tokenizer, load_tokenizer
+from model import Bert, read_json
+
+TASKS = {"qa": squad}
+
+RANK, WORLD, LOCAL = 0, 1, 0                               # this process, of how many; its device
+if distributed.is_torchelastic_launched():                 # by torchrun
+    RANK = int(os.environ["RANK"])
+    WORLD = int(os.environ["WORLD_SIZE"])
+    LOCAL = int(os.environ["LOCAL_RANK"])
+DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
+
+
+def open_model(folder: str | Path, task: ModuleType | None = None, max_length: int = 0
+               ) -> tuple[Bert, Tokenizer, ModuleType]:
+    """A saved model, its tokenizer and its task, checked against each other and the window.
+
+    task: read from config.json unless given. Raises ValueError or OSError.
+    """
+    if task is None:
+        task = task_of(folder)
+    model = task.MODEL.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    known = max(tokenizer.get_vocab().values()) + 1
+    size, positions = model.config.vocab_size, model.config.max_position_embeddings
+    if known > size:
+        raise ValueError(f"{folder}: the tokenizer has {known} tokens, the model {size}; "
+                         "take both from the same checkpoint")
+    if max_length > positions:
+        raise ValueError(f"{folder}: the model reads {positions} tokens at most; "
+                         f"lower --max-length {max_length}")
+    if model.config.type_vocab_size < 2:
+        raise ValueError(f"{folder}: type_vocab_size is 1, so it can't tell two segments apart")
+    return model.to(DEVICE), tokenizer, task
+
+
+def task_of(folder: str | Path) -> ModuleType:
+    """The task of a saved model: the one whose model `architectures` names. Raises ValueError."""
+    path = Path(folder) / "config.json"
+    names = read_json(path).get("architectures") or []
+    for task in TASKS.values():
+        if task.MODEL.__name__ in names:
+            return task
+    raise ValueError(f"{path}: architectures {names} has none of "
+                     f"{[task.MODEL.__name__ for task in TASKS.values()]}; fine-tune it first")
+
+
+def save_model(model: Bert, folder: str | Path, source: str | Path):
+    """Save a model, and the tokenizer of the checkpoint it came from, so that it stands alone.
+
+    Raises ValueError if that checkpoint would be lost.
+    """
+    if Path(folder).resolve() == Path(source).resolve():
+        raise ValueError(f"{folder}: is the model itself; name another folder")
+    model.save_pretrained(folder)
+    copy_tokenizer(source, folder)
+
+
+def read_examples(task: ModuleType, path: str | None, split: str) -> list:
+    """The examples of a file, or of the generated corpus; split: "train" or "dev"."""
+    if path is None:
+        return task.generated(split)
+    return task.read(path, train=split == "train")
+
+
+def read_predictions(path: str, examples: list) -> dict[str, str]:
+    """Read a predictions file: an example's id -> text. Raises ValueError or OSError."""
+    value = read_json(path)
+    if not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"{path}: not predictions; they map every example's id to a text")
+    missing = sum(example.id not in value for example in examples)
+    if missing:
+        print(f"{path}: no prediction for {missing} of {len(examples)}", file=sys.stderr)
+    return value
+
+
+def sample_inputs(model: Bert, tokenizer: Tokenizer, task: ModuleType, path: str | None
+                  ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The inputs of some windows of a file, or of the generated corpus, to compare models on."""
+    length = min(384, model.config.max_position_embeddings)
+    examples = read_examples(task, path, "dev")[:256]
+    windows = task.make_windows(examples, tokenizer, Settings(length, length // 3))
+    return inputs_of(windows, tokenizer)
+
+
+def inputs_of(windows: list[text.Window], tokenizer: Tokenizer
+              ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The model's inputs, of the first 256 windows, in batches of eight: to compare models on."""
+    pad = tokenizer.token_to_id("[PAD]")
+    parts = [windows[low:low + 8] for low in range(0, min(len(windows), 256), 8)]
+    return [collate(part, pad, DEVICE)[0] for part in parts]
+
+
+# ------------------------------------------------------------------------------- errors of one line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str):
+        fail(message)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What comes from outside and is refused ends the program with one line and status 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --resume goes on with a run", status=130)
+    except OSError as error:
+        if error.strerror is None:
+            fail(str(error))
+        mend = "make room" if "space" in error.strerror else "check the path"
+        fail(f"{error.filename or 'output'}: {error.strerror}; {mend}")
+    except (ValueError, ArithmeticError) as error:
+        fail(str(error))
+
+
+def fail(message: str, status: int = 2):
+    """One line on standard error, and the end."""
+    if RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,112 @@
+"""Text and tensors, the same for every task: a saved model's tokenizer; windows -> batches.
+
+A task cuts its examples into windows, [CLS] first segment [SEP] second segment [SEP]; from there on
+nothing in the project needs to know which task it is.
+
+Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch import Tensor, nn
+
+from model import read_json, whole_file
+
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass
+class Settings:
+    """How a task cuts texts and chooses answers: the command line's flags of these names."""
+
+    max_length: int = 384                    # tokens in a window
+    stride: int = 128                        # tokens by which two windows overlap
+    max_answer: int = 30                     # tokens in an answer
+    null_threshold: float = 0.0              # no answer where [CLS] scores higher by more
+
+
+@dataclass
+class Window:
+    """What the model reads, and what it should say."""
+
+    id: str                                  # the example's
+    ids: Tensor                              # (T,) tokens
+    first: int                               # the position of the second segment's first token
+    targets: Tensor                          # (n,) one class, token or position each
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A checkpoint's WordPiece tokenizer: tokenizer.json, else vocab.txt. Raises ValueError."""
+    path = Path(folder) / "tokenizer.json"
+    settings = Path(folder) / "tokenizer_config.json"
+    try:
+        if path.exists():
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode("\u2603")
+        else:
+            path = Path(folder) / "vocab.txt"
+            values = read_json(settings) if settings.exists() else {}
+            lower = values.get("do_lower_case", True)
+            tokenizer = BertWordPieceTokenizer(str(path), lowercase=lower)
+    except BaseException as error:                   # the library's are no Exception, some of them
+        raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
+    for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{path}: has no {token}; is it BERT's?")
+    return tokenizer
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path):
+    """Copy a checkpoint's tokenizer, in place of the one that the folder may hold."""
+    for name in TOKENIZER_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
+        if (Path(source) / name).exists():
+            with whole_file(Path(folder) / name) as file:
+                file.write((Path(source) / name).read_bytes())
+
+
+def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[list[int]]:
+    """One epoch's batches of window indices, of similar length: sorted in chunks of 50 batches."""
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(windows)))
+    rng.shuffle(order)
+    result = []
+    for low in range(0, len(order), 50 * size):
+        chunk = sorted(order[low:low + 50 * size], key=lambda i: len(windows[i].ids))
+        result += [chunk[i:i + size] for i in range(0, len(chunk), size)]
+    rng.shuffle(result)
+    return result
+
+
+def collate(windows: list[Window], pad: int, device: torch.device
+            ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The model's inputs (input_ids, attention_mask, token_type_ids), (B, T) each; targets (N,)."""
+    ids = nn.utils.rnn.pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)
+    length = torch.tensor([len(w.ids) for w in windows])[:, None]                      # (B, 1)
+    first = torch.tensor([w.first for w in windows])[:, None]
+    position = torch.arange(ids.shape[1])                                              # (T,)
+    mask = (position < length).long()                                                  # (B, T)
+    segments = (position >= first).long() * mask
+    targets = torch.cat([w.targets for w in windows])
+    return (ids.to(device), mask.to(device), segments.to(device)), targets.to(device)
+
+
+@torch.inference_mode()
+def run_model(model: nn.Module, windows: list[Window], pad: int, size: int = 32
+              ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """All windows in batches of similar length: their indices, the model's inputs, its logits."""
+    model.eval()
+    device = next(model.parameters()).device
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
+    for low in reversed(range(0, len(order), size)):           # long ones first: memory is reused
+        indices = order[low:low + size]
+        inputs, _ = collate([windows[i] for i in indices], pad, device)
+        yield indices, inputs, model(*inputs)
