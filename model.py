@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ class BertConfig:
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         try:
             return cls(**known)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}; mend it or get it again") from None
 
 
@@ -392,7 +391,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
                 begin, end = entry["data_offsets"]
                 if begin != position or not begin <= end <= size:
                     raise ValueError(f"{name!r} is cut off, or a gap is before it")
-                raw = torch.from_numpy(np.fromfile(file, np.uint8, end - begin))
+                raw = torch.empty(end - begin, dtype=torch.uint8)
+                file.readinto(raw.numpy())
                 if entry["dtype"] in DTYPES:
                     tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
                     if list(tensors[name].shape) != entry["shape"]:

@@ -1,6 +1,6 @@
 """Fine-tune a BERT, learn which blocks of its weights can go, and delete them.
 
-One idea: pruning is fine-tuning with a schedule. A run is a story of stages, the lines of `run`:
+One idea: pruning is fine-tuning with a schedule. A run is a story of stages, the lines of `whole_run`:
 dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros are made
 permanent; deletion; filling, on request.
 
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None):
         if args.eval:
             print(json.dumps(evaluate(args)))
         else:
-            run(args)
+            whole_run(args)
 
 
-def run(args):
-    """The whole story: fine-tune, prune, delete, fill."""
+def whole_run(args):
+    """The story: fine-tune, prune, delete, fill."""
     run, model, teacher = prepare(args)
     model = run.stage("dense", model, args.dense_epochs)
     if args.distill and args.epochs + args.fill_epochs:
@@ -299,9 +299,9 @@ class Run:
             settings = self.state["settings"]
             self.state = read_torch(checkpoint)
             for name, then in self.state["settings"].items():
-                if settings[name] != then:
+                if settings.get(name) != then:
                     raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not "
-                                     f"{settings[name]}; give the same, or another --out")
+                                     f"{settings.get(name)}; give the same, or another --out")
             os.truncate(log, self.state["log"])              # to where it was at the checkpoint
         elif checkpoint.exists() and not summary.exists() and not self.args.overwrite:
             raise ValueError(f"{self.out}: holds an unfinished run; give --resume to go on with "

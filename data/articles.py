@@ -149,7 +149,7 @@ def find_spans(questions: list[Question], path: str | Path):
                          f"context exactly once, as of question {', '.join(lost[:5])}; mend or "
                          "remove them")
     if mended:
-        print(f"{path}: {mended} answers are not at their offset, but in the context exactly once; "
+        print(f"{path}: {mended} answers are not at their offset, but stand in the context once; "
               "taken from there", file=sys.stderr)
 
 

@@ -6,8 +6,8 @@
     python data/tiny_bert.py data/tiny-bert --half made/dense
 
 A question is a statement with a blank, "Anna Page was born in _.", or "Who is Anna?"; the answer
-stands in the paragraph (span selection, as in Ram et al., Few-Shot Question Answering by Pretraining
-Span Selection, 2021, arXiv 2101.00438). No question of the training set and no name of the
+stands in the paragraph (span selection, as in Ram et al., Few-Shot Question Answering by
+Pretraining Span Selection, 2021, arXiv 2101.00438). No question of the training set and no name of the
 development set is among them. Positions start as sines (Vaswani et al., 2017, section 3.5).
 """
 from __future__ import annotations
