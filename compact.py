@@ -49,7 +49,8 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     check_plain(query, key, value, output)
     if not query.out_features == key.out_features == value.out_features == output.in_features:
         raise ValueError("queries share keys and values; delete from multi-head attention only")
-    keep = alive(value, output).view(-1, head_size).any(1).repeat_interleave(head_size)   # (H D,)
+    heads = alive(value, output).view(-1, head_size).any(1)                               # (H,)
+    keep = heads.repeat_interleave(head_size)                                             # (H D,)
     if value.bias is not None:
         fold(output, ~keep, value.bias[~keep])
     for linear in (query, key, value):
@@ -167,8 +168,8 @@ def largest_difference(model: nn.Module, small: nn.Module,
 
 
 @torch.inference_mode()
-def speedup(model: nn.Module, small: nn.Module, batch: tuple[Tensor, ...],
-            rounds: int = 15) -> tuple[float, float, float]:
+def speedup(model: nn.Module, small: nn.Module, batch, rounds: int = 15
+            ) -> tuple[float, float, float]:
     """How many times faster `small` is: median, lower and upper quartile of `rounds` ratios.
 
     Both run in turn on the same batch, so that a busy machine slows both, and shows as spread.
@@ -191,32 +192,38 @@ def seconds(model, batch) -> float:
 
 def linear_weights(module: nn.Module, only_nonzero: bool = False) -> int:
     """How many weights its linear layers hold, or how many of them are not zero."""
-    weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
-    if only_nonzero:
-        return sum(int(weight.count_nonzero()) for weight in weights)
-    return sum(weight.numel() for weight in weights)
+    count = 0
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            count += int(linear.weight.count_nonzero() if only_nonzero else linear.weight.numel())
+    return count
 
 
-def survivors(model: nn.Module) -> list[dict[str, list[bool]]]:
+def survivors(model: nn.Module) -> list[dict]:
     """Which heads and FFN dimensions of every layer of a baked model deletion would leave."""
     layers = []
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
         heads = alive(a.value, a.output).view(-1, a.head_size).any(1)
-        layers.append({"heads": heads.tolist(), "ffn": alive(f.first, f.second).tolist()})
+        dimensions = alive(f.first, f.second)
+        layers.append({"heads": heads.tolist(), "ffn": dimensions.tolist()})
     return layers
 
 
-def sizes(model: nn.Module, small: nn.Module) -> dict[str, float]:
+def sizes(model: nn.Module, small: nn.Module) -> dict:
     """What summary.json says about the size of a model and of its compact copy."""
     before, after = model.config, small.config
     total = max(1, linear_weights(model.layers))
-    return {"density": linear_weights(model.layers, only_nonzero=True) / total,
-            "compact_density": linear_weights(small.layers) / total,
-            "heads_kept": sum(after.heads_per_layer), "heads_total": sum(before.heads_per_layer),
-            "ffn_kept": sum(after.ffn_per_layer), "ffn_total": sum(before.ffn_per_layer),
-            "parameters_dense": sum(p.numel() for p in model.parameters()),
-            "parameters_compact": sum(p.numel() for p in small.parameters())}
+    return {
+        "density": linear_weights(model.layers, only_nonzero=True) / total,
+        "compact_density": linear_weights(small.layers) / total,
+        "heads_kept": sum(after.heads_per_layer),
+        "heads_total": sum(before.heads_per_layer),
+        "ffn_kept": sum(after.ffn_per_layer),
+        "ffn_total": sum(before.ffn_per_layer),
+        "parameters_dense": sum(p.numel() for p in model.parameters()),
+        "parameters_compact": sum(p.numel() for p in small.parameters()),
+    }
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -244,15 +251,16 @@ def main(argv: list[str] | None = None):
             return
         inputs = data.sample_inputs(model, tokenizer, task, args.dev)
         if args.compare:
-            small, _, _ = data.open_model(args.compare)
+            small, other, _ = data.open_model(args.compare)
+            if other.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(f"{args.compare}: has other tokens than {args.model}")
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")
             data.save_model(small, args.target, args.model)
             print(data.pictures.layer_table(survivors(model)))
-        found = sizes(model, small)
-        found["speedup"], *found["speedup_quartiles"] = speedup(model, small, inputs[0])
-        print(data.pictures.size_list(found))
+        print(data.pictures.size_list(sizes(model, small)))
+        print(data.pictures.speed_line(*speedup(model, small, inputs[0])))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +32,11 @@ from torch import Tensor, nn
 # A layer whose heads are all deleted has matrices of size 0: there is nothing to initialise.
 warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 PADDING = -1e4                     # the logit of padding: probability 0, and still a finite number
 
 
@@ -233,7 +235,7 @@ class Bert(nn.Module):
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
-        write_safetensors(Path(folder) / "model.safetensors", dict(sorted(tensors.items())))
+        write_safetensors(Path(folder) / "model.safetensors", tensors)
         values = {"architectures": [type(self).__name__], "model_type": "bert",
                   **asdict(self.config)}
         if self.config == replace(self.config, heads_per_layer=None, ffn_per_layer=None):
@@ -291,7 +293,7 @@ def hugging_face_name(ours: str) -> str:
     return NAMES[re.sub(r"\d+", "#", module)].replace("#", layer) + "." + kind
 
 
-def canonical_name(theirs: str) -> str:
+def canonical_name(theirs):
     """Old and short spellings of a Hugging Face name -> the one in the table above."""
     name = theirs.replace(".gamma", ".weight").replace(".beta", ".bias")
     if name.startswith(("embeddings.", "encoder.")):
@@ -314,7 +316,7 @@ def read_json(path: str | Path) -> dict:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def whole_file(path):
     """A file to write that appears whole, or not at all, even if the machine stops."""
     partial_path = Path(f"{path}.partial")
     partial_path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,17 +327,18 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial_path, path)
     except (OSError, RuntimeError) as error:                   # torch.save's word for a full disk
-        raise OSError(f"{path}: not written ({error.__context__ or error}); disk full?") from None
+        raise OSError(f"{path}: not written ({error}); disk full?") from None
     finally:
         partial_path.unlink(missing_ok=True)
 
 
-def save_json(path: Path, value):
+def save_json(path, value):
     with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        file.write(f"{text}\n".encode())
 
 
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def read_weights(folder):
     """model.safetensors, else pytorch_model.bin: the file, and its tensors by name."""
     path = folder / "model.safetensors"
     if path.exists():
@@ -346,7 +349,7 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return path, read_torch(path)
 
 
-def checked_weight(file: Path, name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor:
+def checked_weight(file, name, tensor, shape) -> Tensor:
     """A weight of the file as the model needs it, in float32. Raises ValueError."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{file}: no weight {name!r}; is this BERT's, and whole?")
@@ -359,7 +362,7 @@ def checked_weight(file: Path, name: str, tensor: Tensor | None, shape: torch.Si
     return weight
 
 
-def read_torch(path: Path) -> dict:
+def read_torch(path) -> dict:
     """Read what torch.save wrote: data, never code. Raises ValueError."""
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
@@ -369,7 +372,12 @@ def read_torch(path: Path) -> dict:
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
 # name -> dtype, shape and where its bytes begin and end), then the bytes themselves, without gaps.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -391,13 +399,14 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
                 begin, end = entry["data_offsets"]
                 if begin != position or not begin <= end <= size:
                     raise ValueError(f"{name!r} is cut off, or a gap is before it")
+                position = end
                 raw = torch.empty(end - begin, dtype=torch.uint8)
                 file.readinto(raw.numpy())
-                if entry["dtype"] in DTYPES:
-                    tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-                    if list(tensors[name].shape) != entry["shape"]:
-                        raise ValueError(f"{name!r} has no such shape")
-                position = end
+                if entry["dtype"] not in DTYPES:
+                    continue
+                tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+                if list(tensors[name].shape) != entry["shape"]:
+                    raise ValueError(f"{name!r} has no such shape")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: not whole, or no safetensors file ({type(error).__name__}: "
                              f"{str(error)[:200]}); get it again") from None
@@ -414,12 +423,16 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]):
     for name, tensor in tensors.items():
         begin = end
         end += tensor.nbytes
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                               # tensors start at a multiple of 8
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            plain = tensor.detach().cpu().contiguous().flatten()
+            file.write(plain.view(torch.uint8).numpy())

@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 import warnings
 from fnmatch import fnmatch
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +55,13 @@ class BlockMask(nn.Module):
         super().__init__()
         out, in_ = weight.T.shape if transposed else weight.shape
         r, c = parse_block(block)
-        self.block = (r or out, c or in_)
-        if self.block[0] > out or self.block[1] > in_:
+        r = r or out
+        c = c or in_
+        if r > out or c > in_:
             raise ValueError(f"block {block} is larger than a matrix of {out} x {in_}; "
                              "give a smaller one, or `all` for a whole dimension")
-        shape = (-(-out // self.block[0]), -(-in_ // self.block[1]))                       # (R, C)
+        shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
+        self.block = (r, c)
         self.transposed = transposed
         self.owner = (owner or self,)           # in a tuple: PyTorch registers the scores only once
         if owner is None:
@@ -69,7 +72,8 @@ class BlockMask(nn.Module):
             raise ValueError(f"{block} ties matrices together whose sizes differ")
 
     def forward(self, weight: Tensor) -> Tensor:
-        kept, scores = self.owner[0].kept, self.owner[0].scores
+        kept = self.owner[0].kept
+        scores = self.owner[0].scores
         mask = kept + (scores - scores.detach())             # value of kept, gradient of scores
         r, c = self.block
         if self.transposed:
@@ -115,7 +119,7 @@ class BlockGroup:
         """
         if method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        if isinstance(rows, str) or isinstance(columns, str):
+        if str in (type(rows), type(columns)):
             raise ValueError('rows and columns are lists of name patterns, as in ["*.query"]')
         self.method = method
         r, c = parse_block(block)
@@ -124,14 +128,13 @@ class BlockGroup:
         if c is None and r is not None and r % unit == 0:
             counts = [len(linears) for linears in found]
             if len(set(counts)) > 1:
-                raise ValueError(f"{block} ties matrices together, but the patterns match {counts} "
-                                 "layers; give patterns that match as many each")
+                raise ValueError(f"{block} ties layers together, but the patterns match {counts}")
             self.sharing = list(zip(*found))                          # the n-th of every pattern
         else:
             self.sharing = [(linear,) for linears in found for linear in linears]
         transposed = {linear for linears in found[len(rows):] for linear in linears}
 
-        self.masks: list[BlockMask] = []                              # those that own scores
+        self.masks = []                                               # those that own scores
         attach = []
         for linears in self.sharing:
             owner = None
@@ -270,13 +273,19 @@ def cubic(step: int, start: int, end: int, first: float, last: float) -> float:
 
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list[dict]:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate."""
-    named = dict(model.named_parameters())
-    scores = [named.pop(name) for name in [*named] if name.endswith(".scores")]
-    matrices = [parameter for parameter in named.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in named.values() if parameter.ndim < 2]
-    return [{"params": matrices, "lr": lr, "weight_decay": 0.01},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-            {"params": scores, "lr": score_lr, "weight_decay": 0.0}]
+    scores, matrices, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith(".scores"):
+            scores.append(parameter)
+        elif parameter.ndim > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    return [
+        {"params": matrices, "lr": lr, "weight_decay": 0.01},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": scores, "lr": score_lr, "weight_decay": 0.0},
+    ]
 
 
 @torch.no_grad()

@@ -40,14 +40,20 @@ import data
 from compact import actual_config, compact, largest_difference, sizes, speedup, survivors
 from data import DEVICE, RANK, TASKS, WORLD, pictures
 from data.text import batches, collate, run_model
-from model import Bert, read_torch, save_json, whole_file
+from model import read_torch, save_json, whole_file
 from prune import METHODS, BlockGroup, bake, parameter_groups
 
 TEMPERATURE = 2.0                                                             # of distillation, T
 STAGES = ("dense", "pruned", "compact", "filled")
 # Other defaults for the generated corpus, which is what runs without --model and --train.
-OFFLINE = {"model": str(Path(__file__).parent / "data/tiny-bert"), "dense_epochs": 1, "epochs": 2,
-           "batch_size": 32, "lr": 1e-3, "dropout": 0.0}
+OFFLINE = {
+    "model": str(Path(__file__).parent / "data/tiny-bert"),
+    "dense_epochs": 1,
+    "epochs": 2,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "dropout": 0.0,
+}
 
 
 def main(argv: list[str] | None = None):
@@ -79,12 +85,11 @@ class Teacher:
     """A model that does not change: its logits on every window, computed once, for all epochs."""
 
     def __init__(self, model, run):
-        self.logits: list[Tensor] = [None] * len(run.windows)                      # (n, K) each
+        self.logits = {}                                           # of each window, (n, K)
         for indices, _, logits in run_model(model, run.windows, run.pad):
             counts = [len(run.windows[i].targets) for i in indices]
-            parts = logits.flatten(0, -2).cpu().split(counts)
-            for i, part in zip(indices, parts):
-                self.logits[i] = part.clone()
+            rows = logits.flatten(0, -2).cpu()                                           # (N, K)
+            self.logits.update(zip(indices, rows.split(counts)))
 
     def rows(self, indices, width) -> Tensor:
         """The logits (N, K) of a batch whose own are `width` wide: padding, -1e4, may differ."""
@@ -127,7 +132,7 @@ def fit(run, stage, model, epochs, groups, teacher):
     first = run.restore(stage, model, optimizer)
     total = len(schedule)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
-    bar = tqdm(range(first, total), stage, total, initial=first, disable=True if RANK else None)
+    bar = tqdm(range(first, total), stage, total, initial=first, disable=RANK > 0 or None)
     for step in bar:
         epoch, batch = schedule[step]
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
@@ -139,7 +144,12 @@ def fit(run, stage, model, epochs, groups, teacher):
         nn.utils.clip_grad_norm_(scores, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        line = {"epoch": epoch + 1, "step": step, "lr": lr, "loss": mean_of_processes(loss)}
+        line = {
+            "epoch": epoch + 1,
+            "step": step,
+            "lr": lr,
+            "loss": mean_of_processes(loss),
+        }
         for name, group in zip(("attention", "ffn"), groups):
             line[f"{name}_density"] = group.density
         if not math.isfinite(line["loss"]):
@@ -206,14 +216,14 @@ def add_masks(model, args) -> list[BlockGroup]:
     """Mask the attention and the FFN matrices. Raises ValueError if no block would be left."""
     attention = BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
                            ["*.attention.output"], model.config.head_size, args.method)
-    ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], method=args.method)
+    ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], 1, args.method)
     if args.method != "soft-movement":
         attention.blocks_to_keep(args.density)
         ffn.blocks_to_keep(args.density)
     return [attention, ffn]
 
 
-def update_masks(groups, step, total, args) -> Tensor | float:
+def update_masks(groups, step, total, args):
     """The masks of this step; what soft movement adds to the loss, or 0."""
     start = round(args.warmup * total)
     end = total - round(args.cooldown * total)
@@ -222,7 +232,7 @@ def update_masks(groups, step, total, args) -> Tensor | float:
         goal = {"density": args.density}
         if args.method == "soft-movement":
             goal = {"lambda_": lambda_}
-        penalty = penalty + group.advance(step, start, end, **goal)
+        penalty += group.advance(step, start, end, **goal)
     return penalty
 
 
@@ -281,8 +291,12 @@ class Run:
         self.dev = data.read_examples(task, args.dev, "dev")
         self.windows = task.make_windows(train, tokenizer, args)
         self.samples = data.inputs_of(task.make_windows(self.dev, tokenizer, args), tokenizer)
-        settings = {**vars(args), "train": fingerprint(train), "dev": fingerprint(self.dev),
-                    "processes": WORLD}
+        settings = {
+            **vars(args),
+            "train": fingerprint(train),
+            "dev": fingerprint(self.dev),
+            "processes": WORLD,
+        }
         for name in ("out", "overwrite", "resume", "save_every"):            # these may change
             del settings[name]
         self.state = {"settings": settings, "scores": {}, "stage": None, "step": 0, "log": 0}
@@ -315,24 +329,24 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             summary.unlink(missing_ok=True)
             log.write_text("")
-        self.log = open(os.devnull if RANK else log, "a", encoding="utf-8", buffering=1)
+        self.log = open(os.devnull if RANK else log, "a", buffering=1)
         if not resumes:
             self.save()
 
-    def stage(self, name, model, epochs, groups=(), teacher=None) -> Bert:
+    def stage(self, name, model, epochs, groups=(), teacher=None):
         """Train, make the masks permanent, save and score; if that is done, open what was saved."""
         if name in self.state["scores"] and epochs:
             return data.open_model(self.out / name, self.task)[0]
         fit(self, name, model, epochs, groups, teacher)
         bake(model)
-        self.finish(name, model, save=epochs > 0 or name != "dense")
+        self.finish(name, model)
         return model
 
-    def finish(self, name, model, save=True):
+    def finish(self, name, model):
         """Save and score a model, once, and not in every process."""
         if RANK or name in self.state["scores"]:
             return
-        if save:
+        if name != "dense" or self.args.dense_epochs:
             data.save_model(model, self.out / name, self.args.model)
         predictions = self.task.predict(model, self.tokenizer, self.dev, self.args)
         save_json(self.out / "predictions.json", predictions)
@@ -351,7 +365,8 @@ class Run:
         self.state |= {"stage": stage, "step": step, "log": self.log.tell()}
         tensors = {}
         if stage:
-            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            tensors["model"] = model.state_dict()
+            tensors["optimizer"] = optimizer.state_dict()
         with whole_file(self.out / "checkpoint.pt") as file:
             torch.save(self.state | tensors, file)
 
@@ -376,14 +391,17 @@ def report(run, model, small, difference):
         return
     speed, *quartiles = speedup(model, small, run.samples[0])
     summary = {
-        "headline": run.task.HEADLINE, **run.state["scores"], **sizes(model, small),
-        "largest_logit_difference": difference, "speedup": speed, "speedup_quartiles": quartiles,
+        "headline": run.task.HEADLINE,
+        **run.state["scores"],
+        **sizes(model, small),
+        "largest_logit_difference": difference,
+        "speedup": speed,
+        "speedup_quartiles": quartiles,
     }
     layers = survivors(model)
     (run.out / "layers.svg").write_text(pictures.layers_svg(layers))
     save_json(run.out / "summary.json", summary)
-    say(pictures.report(layers, summary))
-    say(f"models, predictions, log and picture: {run.out}")
+    say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
 
 
 def evaluate(args) -> dict[str, float]:
@@ -437,15 +455,15 @@ FLAGS = [                                                # flag, type, default, 
     ("--layers", layer_numbers, None, "take only these layers, as in 0,2,4"),
     ("--batch-size", POSITIVE, 16, "windows in a training step"),
     ("--lr", SHARE, 3e-5, "learning rate of the weights"),
-    ("--score-lr", between(0, 1e9), 1e-2, "learning rate of the scores"),
-    ("--dropout", between(0, 0.999), None, "in training (default: the checkpoint's)"),
+    ("--score-lr", SHARE, 1e-2, "learning rate of the scores"),
+    ("--dropout", SHARE, None, "in training (default: the checkpoint's)"),
     ("--teacher", str, None, "folder of the model to distill from (default: the dense one)"),
     ("--distill", SHARE, 0.9, "weight of the teacher in the loss"),
     ("--seed", WHOLE, 0, "seed of all random numbers"),
     ("--max-length", POSITIVE, 384, "tokens in a window"),
     ("--stride", WHOLE, 128, "tokens by which two windows overlap"),
     ("--max-answer", POSITIVE, 30, "tokens in an answer"),
-    ("--null-threshold", between(-1e9, 1e9), 0.0, "SQuAD v2.0: no answer where [CLS] wins by more"),
+    ("--null-threshold", float, 0.0, "SQuAD v2.0: no answer where [CLS] wins by more"),
 ]
 
 
@@ -464,7 +482,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     for flag, kind, default, text in FLAGS:
         if default is not None:
             text += f" (default: {default})"
-        add(flag, type=kind, default=default, help=text, metavar=flag[2:].upper())
+        add(flag, type=kind, default=default, help=text)
     args = parser.parse_args(argv)
     if not (args.model or args.train or args.eval):
         parser.set_defaults(**OFFLINE)

@@ -57,21 +57,21 @@ def closing_table(summary: dict) -> str:
 def report(layers: list[dict[str, list[bool]]], summary: dict) -> str:
     """What a run prints at its end."""
     difference = summary["largest_logit_difference"]
-    return (f"\n{layer_table(layers)}\n\n{closing_table(summary)}\n\n{speed_line(summary)}\n"
+    speed = speed_line(summary["speedup"], *summary["speedup_quartiles"])
+    return (f"\n{layer_table(layers)}\n\n{closing_table(summary)}\n\n{speed}\n"
             f"largest difference between pruned and compact logits: {difference:.1e}")
 
 
 def size_list(numbers: dict) -> str:
-    """The size and the speed of a compact model, in words."""
+    """The size of a compact model, in words."""
     return ("linear weights of the encoder: {compact_density:.1%} left\n"
             "all parameters: {parameters_compact:,} of {parameters_dense:,}\n"
             "heads: {heads_kept} of {heads_total}\n"
-            "FFN dimensions: {ffn_kept} of {ffn_total}\n".format(**numbers) + speed_line(numbers))
+            "FFN dimensions: {ffn_kept} of {ffn_total}".format(**numbers))
 
 
-def speed_line(numbers: dict) -> str:
-    low, high = numbers["speedup_quartiles"]
-    return f"speed: {numbers['speedup']:.2f}x, half of the measurements {low:.2f}x to {high:.2f}x"
+def speed_line(median: float, low: float, high: float) -> str:
+    return f"speed: {median:.2f}x, half of the measurements {low:.2f}x to {high:.2f}x"
 
 
 def svg(width: int, height: int, parts: list[str]) -> str:
