@@ -235,7 +235,7 @@ class Bert(nn.Module):
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
-        write_safetensors(Path(folder) / "model.safetensors", tensors)
+        write_safetensors(Path(folder) / "model.safetensors", dict(sorted(tensors.items())))
         values = {"architectures": [type(self).__name__], "model_type": "bert",
                   **asdict(self.config)}
         if self.config == replace(self.config, heads_per_layer=None, ffn_per_layer=None):

@@ -1400,7 +1400,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
     check_refusals_of_a_stopped_run(tmp_path, out)
     assert program(train.main, *out, "--resume")[0] == 0
     whole, resumed = results(tmp_path / "whole"), results(tmp_path / "out")
-    assert [name for name in whole if whole[name] != resumed[name]] == []
+    different = [name for name in whole if whole[name] != resumed[name]]
+    assert not different, different
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 

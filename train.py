@@ -1,8 +1,8 @@
 """Fine-tune a BERT, learn which blocks of its weights can go, and delete them.
 
-One idea: pruning is fine-tuning with a schedule. A run is a story of stages, the lines of `whole_run`:
-dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros are made
-permanent; deletion; filling, on request.
+One idea: pruning is fine-tuning with a schedule. A run is a story of stages, the lines of
+`whole_run`: dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros
+are made permanent; deletion; filling, on request.
 
     python train.py --block 32x32                                    # offline, about a minute
     python train.py --block 32x32 --model data/bert-base-uncased \\

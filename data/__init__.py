@@ -104,8 +104,7 @@ def inputs_of(windows: list[text.Window], tokenizer: Tokenizer
               ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The model's inputs, of the first 256 windows, in batches of eight: to compare models on."""
     pad = tokenizer.token_to_id("[PAD]")
-    parts = [windows[low:low + 8] for low in range(0, min(len(windows), 256), 8)]
-    return [collate(part, pad, DEVICE)[0] for part in parts]
+    return [collate(part, pad, DEVICE)[0] for part in text.split(windows[:256], 8)]
 
 
 # ------------------------------------------------------------------------------- errors of one line

@@ -121,7 +121,7 @@ def number(value) -> int:
         return -1
 
 
-# --------------------------------------------------------------------------- where the answers stand
+# -------------------------------------------------------------------------- where the answers stand
 
 
 def find_spans(questions: list[Question], path: str | Path):

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from itertools import permutations, product
 from pathlib import Path
 
 ARTICLES = {"train": 40, "dev": 4, "pretrain": 250}          # of 50 paragraphs each
-SYLLABLES = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in "lnr"]
+SYLLABLES = ["".join(letters) for letters in product("bdfgklmnprstvz", "aeiou", "lnr")]
 YEARS = [str(year) for year in range(1950, 2020)]
 # Names, jobs and relations: statements about a person {p}, questions that the answer {a} is to.
-TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(encoding="utf-8"))
+TEMPLATES = json.loads(Path(__file__).with_name("templates.json").read_text(encoding="utf-8"))
 FIRST, LAST, JOBS, RELATIONS = TEMPLATES.values()
 
 
@@ -38,7 +39,7 @@ def squad(split: str) -> dict:
 def names_of(split: str) -> tuple[list[str], list[str]]:
     """The people, and the names of towns and dogs: a fifth is kept for the development set."""
     people = [f"{first} {last}" for first in FIRST for last in LAST]
-    names = [(a + b).capitalize() for a in SYLLABLES for b in SYLLABLES if a != b]
+    names = ["".join(pair).capitalize() for pair in permutations(SYLLABLES, 2)]
     for group in (people, names):
         random.Random(0).shuffle(group)
         cut = len(group) * 4 // 5
@@ -46,14 +47,16 @@ def names_of(split: str) -> tuple[list[str], list[str]]:
     return people, names
 
 
-def invent(rng: random.Random, people: list[str], names: list[str]) -> list[tuple[str, str, str]]:
+def invent(rng, people: list[str], names: list[str]) -> list[tuple[str, str, str]]:
     """One or two facts of the same kinds about each of three people: (person, answer, relation)."""
     persons = []
     for first in rng.sample(FIRST, 3):
-        persons.append(rng.choice([person for person in people if person.startswith(first)]))
+        named_so = [person for person in people if person.startswith(first)]
+        persons.append(rng.choice(named_so))
     fresh = rng.sample(names, 6)
     facts = []
-    for relation in rng.sample(list(RELATIONS), rng.randint(1, 2)):
+    relations = rng.sample(list(RELATIONS), rng.randint(1, 2))
+    for relation in relations:
         if relation == "job":
             answers = rng.sample(JOBS, 3)
         elif relation == "school":
@@ -65,7 +68,7 @@ def invent(rng: random.Random, people: list[str], names: list[str]) -> list[tupl
     return facts
 
 
-def write(rng: random.Random, facts: list[tuple[str, str, str]], id_: str, pretrain: bool) -> dict:
+def write(rng, facts: list[tuple[str, str, str]], id_: str, pretrain: bool) -> dict:
     """A paragraph with a sentence a fact, and questions about up to four of them.
 
     With `pretrain`, the questions are statements with a blank, "Anna Page was born in _.", and
@@ -79,8 +82,9 @@ def write(rng: random.Random, facts: list[tuple[str, str, str]], id_: str, pretr
         statements, questions = RELATIONS[relation].values()
         sentence = rng.choice(statements).format(p=person, a=answer)
         if fact in asked:
-            question = rng.choice(statements if pretrain else questions).format(p=person, a="_")
-            found.append((question, answer, len(context) + sentence.index(answer)))
+            form = rng.choice(statements if pretrain else questions)
+            begin = len(context) + sentence.index(answer)
+            found.append((form.format(p=person, a="_"), answer, begin))
         context += sentence + " "
     if pretrain:
         for person in dict.fromkeys(person for person, _, _ in facts):
@@ -88,11 +92,16 @@ def write(rng: random.Random, facts: list[tuple[str, str, str]], id_: str, pretr
     qas = []
     for number, (question, answer, start) in enumerate(found):
         answers = [{"text": answer, "answer_start": start}]
-        qas.append({"id": f"{id_}-{number}", "question": question, "answers": answers})
+        qas.append({
+            "id": f"{id_}-{number}",
+            "question": question,
+            "answers": answers,
+        })
     return {"context": context.strip(), "qas": qas}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("split", nargs="?", default="dev", choices=ARTICLES)
-    print(json.dumps(squad(parser.parse_args().split), indent=1))
+    args = parser.parse_args()
+    print(json.dumps(squad(args.split), indent=1))

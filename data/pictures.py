@@ -12,7 +12,12 @@ from pathlib import Path
 BLUE, ORANGE, GREY = "#2f81f7", "#e8740c", "#808080"           # seen on white and on black
 # Speed and F1 on SQuAD v1.1 that the paper's authors publish for their networks made of BERT-base
 # (model cards of huggingface.co/madlag), whose own F1 is 88.5. The second was taught by BERT-large.
-PAPER = [(2.44, 87.71), (2.01, 89.19), (1.96, 88.33), (1.84, 88.72)]
+PAPER = [
+    (2.44, 87.71),
+    (2.01, 89.19),
+    (1.96, 88.33),
+    (1.84, 88.72),
+]
 
 
 def table(*rows: tuple[str, ...]) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.articles import Question, generated, questions_of, read  # noqa: F401
-from data.text import Settings, Window, run_model
+from data.text import Settings, Window, run_model, split
 from model import BertForQuestionAnswering
 
 MODEL = BertForQuestionAnswering
@@ -52,7 +52,9 @@ class SpanWindow(Window):
         """The text that the tokens from first to last stand for, with marks on its last letter."""
         begin = self.offsets[first - self.first, 0]
         end = self.offsets[last - self.first, 1]
-        while end < len(context) and unicodedata.category(context[end]).startswith("M"):
+        for mark in context[end:]:
+            if not unicodedata.category(mark).startswith("M"):
+                break
             end += 1
         return context[begin:end]
 
@@ -63,46 +65,61 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer,
 
     Questions are never cut. Raises ValueError where a question leaves too little room.
     """
-    contexts = list(dict.fromkeys(question.context for question in questions))
-    codes = tokenizer.encode_batch(contexts, add_special_tokens=False)
-    encoded = dict(zip(contexts, codes))
+    cls = tokenizer.token_to_id("[CLS]")
+    sep = tokenizer.token_to_id("[SEP]")
+    contexts = encode_contexts(questions, tokenizer)
     codes = tokenizer.encode_batch([q.text for q in questions], add_special_tokens=False)
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    windows, long = [], 0
+    windows = []
+    long = 0                                                       # answers beyond --max-answer
     for index, (question, code) in enumerate(zip(questions, codes)):
-        ids = encoded[question.context].ids
-        offsets = np.array(encoded[question.context].offsets, dtype=np.int32).reshape(-1, 2)
-        answer = answer_tokens(question, offsets)
-        long += len(answer) > settings.max_answer
+        ids, offsets = contexts[question.context]
+        first, last = answer_tokens(question, offsets)
+        long += last - first >= settings.max_answer
         prefix = [cls, *code.ids, sep]
         room = settings.max_length - len(prefix) - 1
-        if room <= settings.stride:
+        step = room - settings.stride
+        if step <= 0:
             raise ValueError(f"{question.file}: question {question.id} leaves {room} of "
                              f"{settings.max_length} tokens, but windows overlap by "
                              f"{settings.stride}; shorten it, lower --stride or raise --max-length")
-        for low in range(0, max(len(ids) - settings.stride, 1), room - settings.stride):
+        for low in range(0, max(len(ids) - settings.stride, 1), step):
             part = slice(low, low + room)
-            targets = [0, 0]                                                    # [CLS]
-            if answer and low <= answer[0] and answer[-1] < low + room:
-                targets = [len(prefix) + answer[i] - low for i in (0, -1)]
+            shift = len(prefix) - low                              # of a token's place
+            targets = torch.tensor([0, 0])                         # [CLS]
+            if low <= first and last < low + room:
+                targets = torch.tensor([first + shift, last + shift])
             tokens = torch.tensor([*prefix, *ids[part], sep])
-            windows.append(SpanWindow(question.id, tokens, len(prefix), torch.tensor(targets),
-                                      index, offsets[part]))
+            window = SpanWindow(question.id, tokens, len(prefix), targets, index, offsets[part])
+            windows.append(window)
     if long:
         print(f"{long} answers have more than --max-answer {settings.max_answer} tokens: too long "
               "to be predicted", file=sys.stderr)
     return windows
 
 
-def answer_tokens(question: Question, offsets: np.ndarray) -> range:
-    """Which tokens of the context hold the first answer; offsets (tokens, 2) are characters."""
+def encode_contexts(questions: list[Question], tokenizer: Tokenizer
+                    ) -> dict[str, tuple[list[int], np.ndarray]]:
+    """The tokens of every context, once, and the characters they stand for, (tokens, 2)."""
+    contexts = list(dict.fromkeys(question.context for question in questions))
+    encoded = {}
+    codes = tokenizer.encode_batch(contexts, add_special_tokens=False)
+    for context, code in zip(contexts, codes):
+        offsets = np.array(code.offsets, dtype=np.int32)
+        encoded[context] = code.ids, offsets.reshape(-1, 2)
+    return encoded
+
+
+def answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:
+    """The context's first and last token of the first answer; -1, -1 where there is none."""
     if question.span is None:
-        return range(0)
+        return -1, -1
     begin, end = question.span
-    inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end))
-    if len(inside) == 0:
-        return range(0)
-    return range(int(inside[0]), int(inside[-1]) + 1)
+    reaches = offsets[:, 1] > begin
+    starts = offsets[:, 0] < end
+    inside = np.flatnonzero(reaches & starts).tolist()
+    if not inside:
+        return -1, -1
+    return inside[0], inside[-1]
 
 
 def best_spans(logits: Tensor, segments: Tensor, longest: int = 30
@@ -112,12 +129,15 @@ def best_spans(logits: Tensor, segments: Tensor, longest: int = 30
     logits: (B, 2, T); segments: (B, T), 1 for the context and the [SEP] behind it.
     Score: start[s] + end[e], where s <= e < s + longest and both lie in the context.
     """
-    context = segments.bool() & F.pad(segments[:, 1:], (0, 1)).bool()                    # (B, T)
-    start, end = logits.masked_fill(~context[:, None], -torch.inf).unbind(1)             # (B, T)
-    reach = F.pad(end, (0, longest - 1), value=-torch.inf).unfold(1, longest, 1)
-    best_end, length = reach.max(-1)                                          # of (B, T, longest)
+    before_last = F.pad(segments[:, 1:], (0, 1))
+    context = (segments * before_last).bool()                                            # (B, T)
+    logits = logits.masked_fill(~context[:, None], -torch.inf)
+    start, end = logits.unbind(1)                                                        # (B, T)
+    reach = F.pad(end, (0, longest - 1), value=-torch.inf)
+    best_end, length = reach.unfold(1, longest, 1).max(-1)                    # of (B, T, longest)
     score, first = (start + best_end).max(-1)
-    return score, first, first + length.gather(1, first[:, None])[:, 0]
+    last = first + length.gather(1, first[:, None])[:, 0]
+    return score, first, last
 
 
 def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question],
@@ -128,8 +148,7 @@ def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question],
     logits are no numbers.
     """
     answers = {}
-    for low in tqdm(range(0, len(questions), 256), "evaluate", leave=False, disable=None):
-        chunk = questions[low:low + 256]
+    for chunk in tqdm(split(questions, 256), "evaluate", leave=False, disable=None):
         windows = make_windows(chunk, tokenizer, settings)
         best = [(-math.inf, None, 0, 0)] * len(chunk)             # score, window, first, last token
         null = [math.inf] * len(chunk)                            # score of no answer
@@ -142,7 +161,8 @@ def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question],
                 null[q] = min(null[q], none)
                 if score > best[q][0]:
                     best[q] = (score, windows[i], int(first), int(last))
-        for question, none, (score, window, first, last) in zip(chunk, null, best):
+        for question, none, answer in zip(chunk, null, best):
+            score, window, first, last = answer
             if not math.isfinite(none) or window is None:
                 raise ArithmeticError(f"{question.file}: question {question.id}: the logits are no "
                                       "numbers; is the model whole?")
@@ -169,15 +189,19 @@ def ask(model: nn.Module, tokenizer: Tokenizer, text: str, path: str | None) -> 
 
 def normalise(text: str) -> str:
     """Lower case; punctuation, articles and repeated white space dropped."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(text.split())
 
 
 def f1(prediction: str, truth: str) -> float:
     """Harmonic mean of precision and recall over words."""
-    predicted, true = normalise(prediction).split(), normalise(truth).split()
+    predicted = normalise(prediction).split()
+    true = normalise(truth).split()
     common = (Counter(predicted) & Counter(true)).total()
-    return 2 * common / (len(predicted) + len(true)) if common else 0.0
+    if common == 0:
+        return 0.0
+    return 2 * common / (len(predicted) + len(true))
 
 
 def score(predictions: dict[str, str], questions: list[Question]) -> dict[str, float]:
@@ -186,18 +210,21 @@ def score(predictions: dict[str, str], questions: list[Question]) -> dict[str, f
     For v2.0 also under its own names: exact, f1, total; HasAns_... and NoAns_... for the questions
     that have an answer and those that have none, where "" is right.
     """
-    rows = np.array([score_one(predictions.get(question.id), question) for question in questions])
-    has_answer = np.array([bool(question.answers) for question in questions])
-    exact, overlap = (100 * rows.mean(0)).tolist()
+    rows = [score_one(predictions.get(question.id), question) for question in questions]
+    result = means(rows)
+    exact_match = {"exact_match": result["exact"]}
     if not questions[0].v2:
-        return {"exact_match": exact, "f1": overlap}
-    result = {"exact_match": exact, "exact": exact, "f1": overlap, "total": len(rows)}
-    for prefix, part in (("HasAns", rows[has_answer]), ("NoAns", rows[~has_answer])):
-        if len(part):
-            exact, overlap = (100 * part.mean(0)).tolist()
-            result |= {f"{prefix}_exact": exact, f"{prefix}_f1": overlap,
-                       f"{prefix}_total": len(part)}
-    return result
+        return {**exact_match, "f1": result["f1"]}
+    for prefix, wanted in (("HasAns", True), ("NoAns", False)):
+        part = [row for row, q in zip(rows, questions) if bool(q.answers) == wanted]
+        if part:
+            result |= {f"{prefix}_{name}": value for name, value in means(part).items()}
+    return {**exact_match, **result}
+
+
+def means(rows: list[tuple[float, float]]) -> dict[str, float]:
+    exact, overlap = (100 * sum(column) / len(rows) for column in zip(*rows))
+    return {"exact": exact, "f1": overlap, "total": len(rows)}
 
 
 def score_one(text: str | None, question: Question) -> tuple[float, float]:
@@ -207,7 +234,7 @@ def score_one(text: str | None, question: Question) -> tuple[float, float]:
         answers = [answer for answer in answers if normalise(answer)] or [""]
     if text is None or not answers:
         return 0.0, 0.0
-    exact = float(any(normalise(text) == normalise(answer) for answer in answers))
+    exact = float(normalise(text) in map(normalise, answers))
     overlap = max(f1(text, answer) for answer in answers)
     if question.v2:
         overlap = max(overlap, exact)                                       # "" for "" is right

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from model import read_json, whole_file
 
@@ -80,23 +81,33 @@ def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[lis
     rng.shuffle(order)
     result = []
     for low in range(0, len(order), 50 * size):
-        chunk = sorted(order[low:low + 50 * size], key=lambda i: len(windows[i].ids))
-        result += [chunk[i:i + size] for i in range(0, len(chunk), size)]
+        chunk = by_length(windows, order[low:low + 50 * size])
+        result += split(chunk, size)
     rng.shuffle(result)
     return result
+
+
+def by_length(windows: list[Window], indices: list[int]) -> list[int]:
+    return sorted(indices, key=lambda i: len(windows[i].ids))
+
+
+def split(items: list, size: int) -> list[list]:
+    """The items in lists of `size`; the last may be shorter."""
+    return [items[low:low + size] for low in range(0, len(items), size)]
 
 
 def collate(windows: list[Window], pad: int, device: torch.device
             ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """The model's inputs (input_ids, attention_mask, token_type_ids), (B, T) each; targets (N,)."""
-    ids = nn.utils.rnn.pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)
-    length = torch.tensor([len(w.ids) for w in windows])[:, None]                      # (B, 1)
-    first = torch.tensor([w.first for w in windows])[:, None]
+    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)
+    length = torch.tensor([len(w.ids) for w in windows])                               # (B,)
+    first = torch.tensor([w.first for w in windows])                                   # (B,)
     position = torch.arange(ids.shape[1])                                              # (T,)
-    mask = (position < length).long()                                                  # (B, T)
-    segments = (position >= first).long() * mask
+    mask = (position < length[:, None]).long()                                         # (B, T)
+    segments = (position >= first[:, None]).long() * mask                              # (B, T)
     targets = torch.cat([w.targets for w in windows])
-    return (ids.to(device), mask.to(device), segments.to(device)), targets.to(device)
+    inputs = tuple(tensor.to(device) for tensor in (ids, mask, segments))
+    return inputs, targets.to(device)
 
 
 @torch.inference_mode()
@@ -105,8 +116,7 @@ def run_model(model: nn.Module, windows: list[Window], pad: int, size: int = 32
     """All windows in batches of similar length: their indices, the model's inputs, its logits."""
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
-    for low in reversed(range(0, len(order), size)):           # long ones first: memory is reused
-        indices = order[low:low + size]
+    order = by_length(windows, range(len(windows)))
+    for indices in split(order[::-1], size):                   # long ones first: memory is reused
         inputs, _ = collate([windows[i] for i in indices], pad, device)
         yield indices, inputs, model(*inputs)

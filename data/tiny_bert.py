@@ -7,8 +7,8 @@
 
 A question is a statement with a blank, "Anna Page was born in _.", or "Who is Anna?"; the answer
 stands in the paragraph (span selection, as in Ram et al., Few-Shot Question Answering by
-Pretraining Span Selection, 2021, arXiv 2101.00438). No question of the training set and no name of the
-development set is among them. Positions start as sines (Vaswani et al., 2017, section 3.5).
+Pretraining Span Selection, 2021, arXiv 2101.00438). No question of the training set and no name of
+the development set is among them. Positions start as sines (Vaswani et al., 2017, section 3.5).
 """
 from __future__ import annotations
 
@@ -42,13 +42,21 @@ def start(folder: Path):
     """Write random weights, the vocabulary, and the questions to learn from."""
     words = vocabulary()
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=128, num_hidden_layers=4,
-                        num_attention_heads=4, intermediate_size=512, hidden_dropout_prob=0.0,
-                        attention_probs_dropout_prob=0.0, initializer_range=0.1)
-    model = BertForQuestionAnswering(config)
-    angle = torch.arange(512)[:, None] / 10_000 ** (torch.arange(64) / 64)
-    waves = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)                # (positions, C)
-    model.embeddings.position.weight.data = waves / 7
+    sizes = {
+        "vocab_size": len(words),
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.1,
+    }
+    model = BertForQuestionAnswering(BertConfig(**sizes))
+    speeds = 10_000 ** (torch.arange(64) / 64)
+    angle = torch.arange(512)[:, None] / speeds
+    waves = torch.stack([angle.sin(), angle.cos()], -1)
+    model.embeddings.position.weight.data = waves.flatten(1) / 7                  # (positions, C)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     questions = corpus.squad("pretrain")
