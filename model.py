@@ -34,8 +34,15 @@ warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
 ACTIVATIONS = {
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+}
+USUAL = {                          # what config.json may not say otherwise
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "pruned_heads": {},
 }
 PADDING = -1e4                     # the logit of padding: probability 0, and still a finite number
 
@@ -85,8 +92,9 @@ class BertConfig:
         values = read_json(path)
         if values.get("model_type", "bert") != "bert":
             raise ValueError(f"{path}: of a {values['model_type']} model; give a BERT's")
-        if values.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"{path}: positions are not absolute; give a BERT whose are")
+        for name, usual in USUAL.items():
+            if values.get(name) not in (None, usual):
+                raise ValueError(f"{path}: {name} {values[name]} is not supported, only {usual}")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         try:
             return cls(**known)
@@ -222,7 +230,6 @@ class Bert(nn.Module):
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         model.has_head = any(name.startswith(cls.HEAD) for name in tensors)
         if not model.has_head:
-            print(f"{file}: no head for {cls.__name__}; it starts random", file=sys.stderr)
             model.span.to_empty(device="cpu").apply(model.initialise)
         state = model.state_dict()
         for ours, tensor in state.items():
@@ -230,6 +237,8 @@ class Bert(nn.Module):
                 theirs = hugging_face_name(ours)
                 state[ours] = checked_weight(file, theirs, tensors.get(theirs), tensor.shape)
         model.load_state_dict(state, assign=True)
+        if not model.has_head:
+            print(f"{file}: no head for {cls.__name__}; it starts random", file=sys.stderr)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
@@ -294,8 +303,9 @@ def hugging_face_name(ours: str) -> str:
 
 
 def canonical_name(theirs):
-    """Old and short spellings of a Hugging Face name -> the one in the table above."""
-    name = theirs.replace(".gamma", ".weight").replace(".beta", ".bias")
+    """Old, short and wrapped spellings of a Hugging Face name -> the one in the table above."""
+    name = re.sub(r"^(module\.|_orig_mod\.)+", "", theirs)
+    name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
     if name.startswith(("embeddings.", "encoder.")):
         return "bert." + name
     return name
@@ -339,10 +349,16 @@ def save_json(path, value):
 
 
 def read_weights(folder):
-    """model.safetensors, else pytorch_model.bin: the file, and its tensors by name."""
+    """model.safetensors or its shards, else pytorch_model.bin: the path, and tensors by name."""
     path = folder / "model.safetensors"
     if path.exists():
         return path, read_safetensors(path)
+    path = folder / "model.safetensors.index.json"
+    if path.exists():
+        tensors = {}
+        for shard in set(read_json(path).get("weight_map", {}).values()):
+            tensors |= read_safetensors(folder / shard)
+        return path, tensors
     path = folder / "pytorch_model.bin"
     if not path.exists():
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
@@ -351,6 +367,8 @@ def read_weights(folder):
 
 def checked_weight(file, name, tensor, shape) -> Tensor:
     """A weight of the file as the model needs it, in float32. Raises ValueError."""
+    if isinstance(tensor, str):
+        raise ValueError(f"{file}: {name!r} is of type {tensor}; convert it to F32")
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{file}: no weight {name!r}; is this BERT's, and whole?")
     if tensor.shape != shape or not tensor.is_floating_point():
@@ -367,7 +385,8 @@ def read_torch(path) -> dict:
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:                               # a damaged file raises anything
-        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); remove it") from None
+        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}): damaged, or a whole "
+                         "model where its state_dict should be") from None
 
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
@@ -380,8 +399,8 @@ DTYPES = {
 }
 
 
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file; integers and rarer types, which no weight has, are left out.
+def read_safetensors(path: str | Path) -> dict[str, Tensor | str]:
+    """Read a safetensors file; of integers and rarer types, which no weight has, only the type.
 
     Raises ValueError, naming the file, unless all is as the format says.
     """
@@ -403,6 +422,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
                 raw = torch.empty(end - begin, dtype=torch.uint8)
                 file.readinto(raw.numpy())
                 if entry["dtype"] not in DTYPES:
+                    tensors[name] = entry["dtype"]
                     continue
                 tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
                 if list(tensors[name].shape) != entry["shape"]:

@@ -242,20 +242,30 @@ def test_transformers_opens_what_is_saved(tmp_path):
 def test_all_spellings_of_a_checkpoint_load(tmp_path):
     model = random_model()
     names = {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma")
-           .replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in names.items()}
-    bare = {name.removeprefix("bert."): tensor for name, tensor in names.items()}
-    more = {**names, "cls.predictions.bias": torch.zeros(7), "bert.pooler.bias": torch.zeros(7)}
-    for number, tensors in enumerate((names, old, bare, more)):
+    old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+           for name, tensor in names.items()}
+    more = {**names, "cls.predictions.bias": torch.zeros(7)}
+    variants = [names, old, more] + [
+        {wrap(name): tensor for name, tensor in names.items()} for wrap in (
+            lambda name: name.removeprefix("bert."), "module.{}".format,
+            "_orig_mod.module.{}".format)]
+    for number, tensors in enumerate(variants):
         folder = tmp_path / str(number)
         model.save_pretrained(folder)
         (folder / "model.safetensors").unlink()
         torch.save(tensors, folder / "pytorch_model.bin")
         assert difference(model, opened(folder)) == 0
+        shards = {name: f"{len(name) % 2}.safetensors" for name in tensors}
+        for shard in {*shards.values()}:
+            part = {name: tensors[name] for name in tensors if shards[name] == shard}
+            write_safetensors(folder / shard, part)
+        save_json(folder / "model.safetensors.index.json", {"weight_map": shards})
+        assert difference(model, opened(folder)) == 0
         write_safetensors(folder / "model.safetensors", tensors)
         again = opened(folder)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    assert again.config == model.config and again.has_head
+        assert difference(model, again) == 0 and again.config == model.config and again.has_head
+    for act, same in (("gelu_python", "gelu"), ("gelu_pytorch_tanh", "gelu_new")):
+        assert difference(*(random_model(hidden_act=name) for name in (act, same))) == 0
 
 
 def test_weights_that_are_missing_or_odd_are_named(tmp_path):
@@ -271,10 +281,11 @@ def test_weights_that_are_missing_or_odd_are_named(tmp_path):
         write_safetensors(folder / "model.safetensors", tensors)
         message = error_of(opened, folder)
         assert name in message and "model.safetensors: " in message and word in message
-    torch.save({name: torch.zeros(2, dtype=torch.int32)}, folder / "pytorch_model.bin")
+    raw = (folder / "model.safetensors").read_bytes().replace(b'"dtype": "F64"', b'"dtype": "U64"')
+    (folder / "model.safetensors").write_bytes(raw)
+    assert f"{name!r} is of type U64; convert it" in error_of(opened, folder)
     (folder / "model.safetensors").unlink()
-    assert "no weight" in error_of(opened, folder)
-    for harm in (Malicious(), torch.zeros(1).expand(10**9, 2)):            # code; 8 GB in 1 KB
+    for harm in (Malicious(), opened, torch.zeros(1).expand(10**9, 2)):    # code; 8 GB in 1 KB
         torch.save(harm, folder / "pytorch_model.bin")
         assert "pytorch_model.bin: no plain tensors" in error_of(opened, folder)
     assert not Path("harmed").exists()
@@ -299,7 +310,8 @@ def test_safetensors_is_the_published_format(tmp_path):
     raw = struct.pack("<Q", len(header)) + header + struct.pack("<4fq3x", 1, 2, 3, 4, -5)
     (tmp_path / "x").write_bytes(raw)
     tensors = read_safetensors(tmp_path / "x")                  # no weight has integers, or 8 bits
-    assert [*tensors] == ["a"] and torch.equal(tensors["a"], torch.tensor([[1.0, 2], [3, 4]]))
+    assert torch.equal(tensors.pop("a"), torch.tensor([[1.0, 2], [3, 4]]))
+    assert tensors == {"b": "I64", "c": "F8_E4M3"}
     kinds = {"half": torch.randn(3).half(), "bf": torch.randn(2, 2).bfloat16(),
              "none": torch.empty(0, 4), "turned": torch.randn(3, 4).T, "one": torch.tensor(2.0)}
     write_safetensors(tmp_path / "y", kinds)
@@ -353,12 +365,9 @@ def test_mutations_of_weights_are_read_right_or_refused(tmp_path):
     write_safetensors(path, {"weight": torch.randn(16, 8), "none": torch.zeros(0, 3)})
     good = path.read_bytes()
     for _ in range(500):
-        bad = bytearray(good)
-        begin = rng.randrange(len(bad))
-        if rng.random() < 0.5:
-            bad[begin] ^= 1 << rng.randrange(8)
-        else:
-            del bad[begin:begin + rng.choice([1, 8, 50, len(bad)])]
+        begin = rng.randrange(len(good))
+        bad = good[:begin] + bytes([good[begin] ^ 1 << rng.randrange(8)]) + good[begin + 1:]
+        bad = rng.choice([bad, good[:begin] + good[begin + rng.choice([1, 8, 50]):], good[:begin]])
         path.write_bytes(bad)
         try:
             tensors = read_safetensors(path)
@@ -366,12 +375,12 @@ def test_mutations_of_weights_are_read_right_or_refused(tmp_path):
             assert str(path) in str(error)
             continue
         read += 1
-        start = 8 + struct.unpack("<Q", bad[:8])[0]
-        header = json.loads(bad[8:start])
-        for name, tensor in tensors.items():
-            first, last = (start + offset for offset in header[name]["data_offsets"])
-            assert list(tensor.shape) == header[name]["shape"]
-            assert tensor.flatten().view(torch.uint8).numpy().tobytes() == bad[first:last]
+        start = 8 + int.from_bytes(bad[:8], "little")
+        for name, entry in json.loads(bad[8:start]).items():
+            if isinstance(tensors.get(name), torch.Tensor):
+                first, last = (start + offset for offset in entry["data_offsets"])
+                assert tensors[name].numpy().tobytes() == bad[first:last]
+                assert [*tensors[name].shape] == entry["shape"]
     assert 30 < read < 470, read
 
 
@@ -389,6 +398,8 @@ BAD_CONFIGURATIONS = """
 {"heads_per_layer": [1000000000, 1000000000, 1000000000]}
 {"ffn_per_layer": 3}
 {"model_type": "gpt2"}
+{"is_decoder": true}
+{"pruned_heads": {"0": [1]}}
 {"position_embedding_type": "relative_key"}
 """
 
@@ -448,8 +459,7 @@ def test_the_kept_fraction_is_the_target_at_every_step():
         assert kept.all() or scores[kept].min() >= scores[~kept].max()         # ranked together
     assert len({int(mask.kept.sum()) for mask in groups[1].masks}) > 1         # of different widths
     ties = torch.tensor([0.0, 1, 0, 0, -1, 1])
-    for k, expected in ((1, [1]), (3, [0, 1, 5]), (4, [0, 1, 2, 5]), (6, [0, 1, 2, 3, 4, 5])):
-        assert prune.best(ties, k).nonzero().flatten().tolist() == expected
+    assert prune.best(ties, 4).nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
 def test_an_ffn_dimension_lives_or_dies_whole_and_can_come_back():
@@ -732,18 +742,15 @@ def test_layers_of_anybody_are_compacted_in_place():
         first.weight.data[2] = second.weight.data[:, 4] = 0
         before = second(activation(first(x)))
         assert compact.compact_ffn(first, second, activation) == 4
-        assert (first.out_features, second.in_features) == (4, 4) == (*first.weight.shape[:1],
-                                                                      *second.weight.shape[1:])
+        assert first.weight.shape == (4, 8) and second.weight.shape == (8, 4)
         assert torch.allclose(second(activation(first(x))), before, atol=1e-6)
-        moves = bias or activation is F.sigmoid
-        assert (second.bias is None) == (not out_bias and not moves)
+        assert (second.bias is None) == (not out_bias and not bias and activation is F.gelu)
         query, key, value = (nn.Linear(8, 6, bias) for _ in range(3))
         output = nn.Linear(6, 8, out_bias)
         value.weight.data[0] = output.weight.data[:, 1] = 0              # the first head of size 2
-        mean = value(x).mean(0)                                # what it adds is constant: any mix
-        before = output(mean)
+        before = output(value(x).mean(0))                      # what it adds is constant: any mix
         assert compact.compact_attention(query, key, value, output, head_size=2) == 2
-        assert query.weight.shape == (4, 8) and output.weight.shape == (8, 4)
+        assert query.weight.shape == (4, 8) and output.in_features == 4
         assert torch.allclose(output(value(x).mean(0)), before, atol=1e-6)
         assert (output.bias is None) == (not out_bias and not bias)
     model = random_model()
@@ -849,17 +856,57 @@ def test_windows_are_those_of_tokenizers(tmp_path):
     assert asked[0].id in message and "--stride" in message
 
 
+TOKENIZER_SETTINGS = """
+{}
+{"do_lower_case": true}
+{"do_lower_case": false}
+{"strip_accents": false}
+{"tokenize_chinese_chars": false}
+{"do_lower_case": false, "strip_accents": true}
+"""
+
+
+def test_tokens_are_those_of_transformers(tmp_path):
+    """With and without tokenizer.json, whatever tokenizer_config.json says beside it."""
+    folder = Path(checkpoint(tmp_path))
+    words = "\u00dcber uber Caf\u00e9 cafe \u5317\u4eac \u5317 ##\u4eac Ada ada [NEW] Foo"
+    (folder / "vocab.txt").write_text("\n".join([*tiny_bert.vocabulary(), *words.split()[:9]]))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        text.load_tokenizer(folder).save(str(tmp_path / "lower.json"))
+    assert "has words with capitals" in said.getvalue()
+    known = text.load_tokenizer(folder).get_vocab_size()
+    save_json(folder / "added_tokens.json", {"Foo": known + 1, "[NEW]": known})
+    transformers = needs("transformers")
+    for settings, saved in itertools.product(TOKENIZER_SETTINGS.strip().splitlines(), (0, 1)):
+        if saved:
+            shutil.copy(tmp_path / "lower.json", folder / "tokenizer.json")
+        else:
+            (folder / "tokenizer.json").unlink(missing_ok=True)
+        chosen = {"tokenizer_class": "BertTokenizer", **json.loads(settings)}
+        save_json(folder / "tokenizer_config.json", chosen)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        sentence = words if not saved else words.partition(" [NEW]")[0]
+        ours = text.load_tokenizer(folder).encode(sentence, add_special_tokens=False).ids
+        assert ours == theirs(sentence, add_special_tokens=False)["input_ids"], (settings, saved)
+    for kind in ("RobertaTokenizer", "BertJapaneseTokenizer"):
+        save_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})
+        assert kind in error_of(text.load_tokenizer, folder)
+    save_json(folder / "tokenizer_config.json", {})
+    save_json(folder / "added_tokens.json", {"x": 7})
+    (folder / "tokenizer.json").unlink()
+    assert "added_tokens.json: 'x' can't be 7" in error_of(text.load_tokenizer, folder)
+
+
 def test_batches_hold_every_window_once_and_little_padding(tmp_path):
     tokenizer = text.load_tokenizer(checkpoint(tmp_path))
     windows = squad.make_windows(questions(300), tokenizer, Settings(60, 20))
     first, second, again = (text.batches(windows, 16, epoch, 0) for epoch in (0, 1, 0))
-    assert first == again != second
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == [*range(len(windows))]
+    assert first == again != second and sorted(sum(first, [])) == [*range(len(windows))]
     longest = sum(len(batch) * max(len(windows[i].ids) for i in batch) for batch in first)
     assert sum(len(window.ids) for window in windows) / longest > 0.95
     part = [windows[i] for i in first[0]]
     inputs, targets = text.collate(part, 0, torch.device("cpu"))
-    assert targets.tolist() == [target for window in part for target in window.targets.tolist()]
+    assert torch.equal(targets, torch.cat([window.targets for window in part]))
     for window, ids, mask, segments in zip(part, *inputs):
         n, padding = len(window.ids), [0] * (len(ids) - len(window.ids))
         assert ids.tolist() == window.ids.tolist() + padding
@@ -896,43 +943,40 @@ def test_the_metric_is_squads():
     assert result.pop("exact_match") == result["exact"]
     assert result.keys() == REFERENCE["metric_v2_all"].keys()
     assert all(math.isclose(result[k], v) for k, v in REFERENCE["metric_v2_all"].items())
-    two = [articles.Question(id_, "?", "", ["x"]) for id_ in "ab"]
-    assert squad.score({"a": "x"}, two) == {"exact_match": 50.0, "f1": 50.0}       # b is missing
+    two = [articles.Question(id_, "?", "", ["x"]) for id_ in "ab"]                 # b is missing
+    assert squad.score({"a": "x"}, two) == {"exact_match": 50.0, "f1": 50.0}
 
 
 class Fixed(nn.Module):
-    """A model whose logits stand in a table: window length -> start and end logits."""
+    """A model whose logits stand in a table: window length -> those of the first five tokens."""
 
-    def __init__(self, table):
+    def __init__(self, table: dict[int, list]):
         super().__init__()
         self.table, self.device = table, nn.Parameter(torch.zeros(1))
 
     def forward(self, ids, mask, segments):
         logits = torch.full((len(ids), 2, ids.shape[1]), -50.0)
         for row, length in zip(logits, mask.sum(1)):
-            for which, values in enumerate(self.table[int(length)]):
-                row[which, :len(values)] = torch.tensor(values)
+            row[:, :5] = torch.tensor(self.table[int(length)])
         return logits
 
 
 def test_no_answer_is_predicted_by_the_null_score(tmp_path):
     tokenizer = text.load_tokenizer(checkpoint(tmp_path))
-    context = "Adam is a cook. Anna a nurse."
-    question = articles.Question("q", "Which ?", context, ["Adam"], v2=True)
+    question = articles.Question("q", "Which ?", "Adam is a cook. Anna a nurse.", ["Adam"], v2=True)
     # [CLS] which ? [SEP] adam is a cook . anna a nurse . [SEP]; then two windows of 6 tokens and 5
-    whole = {14: ([1.0, 0, 0, 0, 3.0], [2.0, 0, 0, 0, 0.5])}             # null 3.0, span "Adam" 3.5
-    cut = {11: ([4.0, 0, 0, 0, 3.0], [4.0, 0, 0, 0, 0.5]),               # null 8.0, span 3.5
-           10: ([1.0, 0, 0, 0, 2.0], [0.5, 0, 0, 0, 0.5])}               # null 1.5, span 2.5
+    whole = {14: [[1.0, 0, 0, 0, 3.0], [2.0, 0, 0, 0, 0.5]]}             # null 3.0, span "Adam" 3.5
+    cut = {11: [[4.0, 0, 0, 0, 3.0], [4.0, 0, 0, 0, 0.5]],               # null 8.0, span 3.5
+           10: [[1.0, 0, 0, 0, 2.0], [0.5, 0, 0, 0, 0.5]]}               # null 1.5, span 2.5
     for table, length, stride, threshold, expected in (
             (whole, 14, 0, -0.4, "Adam"), (whole, 14, 0, -0.6, ""),
             (cut, 11, 2, -1.9, "Adam"), (cut, 11, 2, -2.1, "")):
         settings = Settings(length, stride, null_threshold=threshold)
-        found = squad.predict(Fixed(table), tokenizer, [question], settings)
-        assert found == {"q": expected}, (length, threshold)
+        assert squad.predict(Fixed(table), tokenizer, [question], settings) == {"q": expected}
     question.v2 = False                                           # v1.1 has an answer to everything
     settings = Settings(14, 0, null_threshold=-9.0)
     assert squad.predict(Fixed(whole), tokenizer, [question], settings) == {"q": "Adam"}
-    broken = Fixed({14: ([math.nan], [0.0])})
+    broken = Fixed({14: [[math.nan] * 5] * 2})
     assert "no numbers" in error_of(squad.predict, broken, tokenizer, [question], settings,
                                     kinds=ArithmeticError)
 
@@ -1003,12 +1047,11 @@ def test_marks_on_the_last_letter_belong_to_the_answer(tmp_path):
 
 def test_answers_that_are_too_long_to_predict_are_counted(tmp_path):
     tokenizer = text.load_tokenizer(checkpoint(tmp_path))
-    context = "a b c d e"
-    (question,) = read_entries(tmp_path, entry(answers=[("b c d", 2)]), context=context)
-    for most, said in ((2, "1 answers have more than --max-answer 2 tokens"), (3, "")):
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            squad.make_windows([question], tokenizer, Settings(30, 5, max_answer=most))
-        assert stderr.getvalue().startswith(said) and bool(said) == bool(stderr.getvalue())
+    asked = read_entries(tmp_path, entry(answers=[("b c d", 2)]), context="a b c d e")
+    for most in (2, 3):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            squad.make_windows(asked, tokenizer, Settings(30, 5, max_answer=most))
+        assert ("1 answers have more than --max-answer 2" in said.getvalue()) == (most == 2)
 
 
 BROKEN_SQUAD = """
@@ -1077,7 +1120,7 @@ def test_downloads_are_whole_or_absent(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_pictures_show_what_is_kept(tmp_path):
+def test_pictures_show_what_is_kept():
     layers = [{"heads": [True, False, True, True], "ffn": [True] * 3 + [False] * 47 + [True] * 30},
               {"heads": [False] * 4, "ffn": [True] * 80}]
     root = ElementTree.fromstring(pictures.layers_svg(layers))
@@ -1085,11 +1128,7 @@ def test_pictures_show_what_is_kept(tmp_path):
     assert {"3 of 4", "0 of 4", "33 of 80", "80 of 80"} < texts
     drawn = [path.get("d") for path in root.iter() if path.get("stroke") == pictures.BLUE]
     assert drawn == ["M0 0h1m1 0h2", "M0 0h3m47 0h30", "M0 0m4 0", "M0 0h80"]
-    save_json(tmp_path / "summary.json", {"headline": "f1", "dense": {"f1": 80.0}, "speedup": 2.0,
-                                          "compact": {"f1": 60.0}, "filled": {"f1": 72.0}})
-    point = pictures.point(f"half={tmp_path}")
-    assert point == ("half", 2.0, 0.9)
-    chart = ElementTree.fromstring(pictures.chart([point]))
+    chart = ElementTree.fromstring(pictures.chart([("half", 2.0, 0.9)]))
     assert "half" in {words.text for words in chart.iter()}
     for path in (HERE / "data").glob("*.svg"):
         assert f"](data/{path.name})" in (HERE / "README.md").read_text(encoding="utf-8")
@@ -1129,9 +1168,7 @@ def test_the_whole_run(tmp_path):
         assert evaluate(tmp_path / "out" / name, "--dev", dev) == summary[name]
         assert f"\n{name}: exact_match" in out and f"{name}  " in out
     predictions = json.loads((tmp_path / "out/predictions.json").read_text())
-    asked = {question.id: question for question in articles.read(dev)}
-    assert [*predictions] == [*asked]
-    assert all(text and text in asked[id_].context for id_, text in predictions.items())
+    assert all(predictions[question.id] in question.context for question in articles.read(dev))
     assert evaluate(tmp_path / "out/predictions.json", "--dev", dev) == summary["compact"]
     lines = log_of(tmp_path / "out")
     epoch = len(lines) // 4
@@ -1148,8 +1185,6 @@ def test_the_whole_run(tmp_path):
     assert not (tmp_path / "two/dense").exists()
     run_train(tmp_path, out="two")
     assert log_of(tmp_path / "two") == lines
-    run_train(tmp_path, "--epochs", 0, "--dense-epochs", 0, out="two")
-    assert not (tmp_path / "two/dense").exists() and not log_of(tmp_path / "two")
 
 
 PATTERNS = {"unstructured": "1x1 1x1 100 100", "block": "12x12 12x12 30 30",
@@ -1294,11 +1329,9 @@ def test_two_processes_train_like_one(tmp_path):
 def test_amp_computes_in_bfloat16(tmp_path):
     run_train(tmp_path, "--epochs", 0)
     run_train(tmp_path, "--epochs", 0, "--amp", out="amp")
-    exact, rough = log_of(tmp_path / "out"), log_of(tmp_path / "amp")
-    assert exact[0]["loss"] != rough[0]["loss"]
-    assert all(math.isclose(a["loss"], b["loss"], rel_tol=0.1) for a, b in zip(exact, rough[:5]))
-    weights = read_safetensors(tmp_path / "amp/dense/model.safetensors").values()
-    assert {tensor.dtype for tensor in weights} == {torch.float32}
+    pairs = [*zip(log_of(tmp_path / "out"), log_of(tmp_path / "amp"))][:5]
+    assert all(0 < abs(a["loss"] - b["loss"]) < 0.1 * a["loss"] for a, b in pairs)
+    assert opened(tmp_path / "amp/dense").span.weight.dtype == torch.float32
 
 
 def test_the_shipped_model_learns(tmp_path):
@@ -1469,9 +1502,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     model.save_pretrained(tmp_path / "model")
     status, _, message = program(train.main, *flags, "--out", tmp_path / "out")
     assert status == 2 and message.count("\n") == 1 and "the loss is no number" in message
-    ids = message.split("examples ")[1].strip().split(", ")
-    contexts = {q.id: q.context for q in articles.read(tmp_path / "train.json")}
-    assert len(ids) == 4 and any("dog" in contexts[id_] for id_ in ids)
+    assert message.count("train-0-") == 4                                          # its questions
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "out"))
 
 

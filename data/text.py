@@ -7,19 +7,23 @@ Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
 """
 from __future__ import annotations
 
+import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model import read_json, whole_file
 
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 @dataclass
@@ -45,24 +49,55 @@ class Window:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """A checkpoint's WordPiece tokenizer: tokenizer.json, else vocab.txt. Raises ValueError."""
     path = Path(folder) / "tokenizer.json"
-    settings = Path(folder) / "tokenizer_config.json"
+    if not path.exists():
+        path = Path(folder) / "vocab.txt"
+    settings = read_if_there(Path(folder) / "tokenizer_config.json")
+    kind = settings.get("tokenizer_class") or "BertTokenizer"
+    if kind not in TOKENIZERS:
+        raise ValueError(f"{folder}: its tokenizer is a {kind}; give one of {TOKENIZERS}")
     try:
-        if path.exists():
-            tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            tokenizer.encode("\u2603")
+        if path.name == "vocab.txt":
+            tokenizer = Tokenizer.from_str(BertWordPieceTokenizer(str(path)).to_str())
         else:
-            path = Path(folder) / "vocab.txt"
-            values = read_json(settings) if settings.exists() else {}
-            lower = values.get("do_lower_case", True)
-            tokenizer = BertWordPieceTokenizer(str(path), lowercase=lower)
+            tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("\u2603")
     except BaseException as error:                   # the library's are no Exception, some of them
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
     for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no {token}; is it BERT's?")
+    if kind.startswith("Bert"):
+        apply_settings(tokenizer, settings, path)
     return tokenizer
+
+
+def apply_settings(tokenizer: Tokenizer, settings: dict, path: Path):
+    """What tokenizer_config.json says counts, also against tokenizer.json, as in transformers."""
+    normal = json.loads(tokenizer.to_str())["normalizer"] or {}
+    if normal.get("type") == "BertNormalizer":
+        tokenizer.normalizer = BertNormalizer(
+            lowercase=settings.get("do_lower_case", normal["lowercase"]),
+            strip_accents=settings.get("strip_accents", normal["strip_accents"]),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars",
+                                              normal["handle_chinese_chars"]),
+        )
+    if path.name != "vocab.txt":
+        return
+    words = [token for token in tokenizer.get_vocab() if token[0] != "["]
+    if "do_lower_case" not in settings and any(word != word.lower() for word in words):
+        print(f"{path}: has words with capitals, but all text is lower-cased; if that is wrong, "
+              'say "do_lower_case": false in tokenizer_config.json', file=sys.stderr)
+    added = read_if_there(path.with_name("added_tokens.json"))
+    tokenizer.add_tokens(sorted(added, key=added.get))
+    for token, number in added.items():
+        if tokenizer.token_to_id(token) != number:
+            raise ValueError(f"{path.with_name('added_tokens.json')}: {token!r} can't be {number}")
+
+
+def read_if_there(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
 
 
 def copy_tokenizer(source: str | Path, folder: str | Path):
