@@ -984,7 +984,7 @@ def read_entries(folder: Path, *entries, context="Anna met Ben.", version=None, 
 
 def test_what_a_question_says_about_itself_counts(tmp_path):
     """Version 2.0 is known by its questions, whatever the file calls itself."""
-    none = entry("b", is_impossible=True)
+    none = entry("b", is_impossible="True")
     for version in (None, "V2.0", "squad_v2", "FQuAD2.0", 2.0, "v2.0", "1.1"):
         read = read_entries(tmp_path, entry(answers=[("Ben", 9)]), none, version=version)
         assert [question.v2 for question in read] == [True, True]

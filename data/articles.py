@@ -53,7 +53,7 @@ def questions_of(file: dict, path: str | Path, train: bool = False) -> list[Ques
     v2 = re.match(r"v?2\b", str(file.get("version"))) is not None
     for place, context, entry in entries(path, file):
         question = read_question(path, place, context, entry)
-        if entry.get("is_impossible") is True:                  # the file may not say its version
+        if str(entry.get("is_impossible")).lower() in ("true", "1"):
             v2 = True
             if question.answers:
                 raise ValueError(f"{path}: question {question.id}: is_impossible, but has an "
