@@ -95,9 +95,10 @@ class BlockMask(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Scores stay in float32 when a model is cast: in bfloat16 they would stop moving at 4."""
-        super()._apply(fn, recurse)
         if self.owner[0] is self:
-            self.scores.data = self.scores.data.float()
+            before = self.scores.data
+            super()._apply(fn, recurse)
+            self.scores.data = before.to(self.scores.device)
             self.kept = self.kept.float()
         return self
 

@@ -226,7 +226,7 @@ def add_masks(model, args) -> list[BlockGroup]:
 def update_masks(groups, step, total, args):
     """The masks of this step; what soft movement adds to the loss, or 0."""
     start = round(args.warmup * total)
-    end = total - round(args.cooldown * total)
+    end = min(total - round(args.cooldown * total), total - 1)           # the last step is final
     penalty = 0.0
     for group, lambda_ in zip(groups, args.lambdas):
         goal = {"density": args.density}

@@ -134,9 +134,9 @@ def chart(runs: list[tuple[str, float, float]]) -> str:
                   text(50, y + 4, f"{100 * share:g}", "end")]
     for speed in range(1, 7):
         parts.append(text(x_of(speed), 375, f"{speed}x", "middle"))
-    points = [(BLUE, *run) for run in runs]
-    points += [(ORANGE, "", speed, f1 / 88.5) for speed, f1 in PAPER]
-    for colour, name, speed, share in points:
+    marks = [(BLUE, *run) for run in runs]
+    marks += [(ORANGE, "", speed, f1 / 88.5) for speed, f1 in PAPER]
+    for colour, name, speed, share in marks:
         below = " (below)" if share < 0.5 else ""
         x, y = x_of(speed), y_of(share)
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>',
@@ -144,14 +144,17 @@ def chart(runs: list[tuple[str, float, float]]) -> str:
     return svg(700, 400, parts)
 
 
-def point(argument: str) -> tuple[str, float, float]:
-    """A run's name, speedup and share of the dense score, from NAME=FOLDER."""
+def points(argument: str) -> list[tuple[str, float, float]]:
+    """Name, speedup and share of the dense score of a run's small models, from NAME=FOLDER."""
     name, _, folder = argument.partition("=")
     summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    last = summary.get("filled", summary["compact"])
-    headline = summary["headline"]
-    return name, summary["speedup"], last[headline] / summary["dense"][headline]
+    headline, speed = summary["headline"], summary["speedup"]
+    dense = summary["dense"][headline]
+    found = [(name, speed, summary["compact"][headline] / dense)]
+    if "filled" in summary:
+        found.append((f"{name}, filled", speed, summary["filled"][headline] / dense))
+    return found
 
 
 if __name__ == "__main__":
-    print(chart([point(argument) for argument in sys.argv[1:]]), end="")
+    print(chart([point for argument in sys.argv[1:] for point in points(argument)]), end="")

@@ -129,6 +129,7 @@ def best_spans(logits: Tensor, segments: Tensor, longest: int = 30
     logits: (B, 2, T); segments: (B, T), 1 for the context and the [SEP] behind it.
     Score: start[s] + end[e], where s <= e < s + longest and both lie in the context.
     """
+    longest = min(longest, logits.shape[-1])
     before_last = F.pad(segments[:, 1:], (0, 1))
     context = (segments * before_last).bool()                                            # (B, T)
     logits = logits.masked_fill(~context[:, None], -torch.inf)
