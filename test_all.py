@@ -1408,6 +1408,8 @@ BAD_TRAIN = """
 {real} --train {folder} | {folder}: Is a directory; check the path
 {real} --dev {folder}/no | no: No such file or directory; check the path
 {real} --layers 0,7 | 0 to 2
+{real} --layers 0,0 | each once
+{real} --out {folder} --dev {folder}/dense/dev.json | another --out
 {real} --layers 0,2 --dense-epochs 0 | cannot teach
 {real} --model {folder}/bare --dense-epochs 0 | bare: cannot teach
 {real} --teacher {folder}/bare | bare: cannot teach
@@ -1429,6 +1431,7 @@ BAD_COMPACT = """
 {folder}/model {folder}/model | another folder
 {folder}/model {folder}/out --expand {folder}/out | not allowed with
 {folder}/model --ask Who? | --context FILE
+{folder}/model --expand EMPTY | empty
 {folder}/model --ask Who? --context {folder}/no | no: No such file or directory; check the path
 {folder}/model --ask Who? --context {folder}/model | Is a directory; check the path
 """

@@ -27,6 +27,7 @@ import sys
 import zlib
 from argparse import Namespace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -268,8 +269,8 @@ def prepare(args):
 
 def take_layers(model, layers):
     """Leave all other layers out. Raises ValueError."""
-    if not all(0 <= i < len(model.layers) for i in layers):
-        raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, not {layers}")
+    if not set(layers) <= set(range(len(model.layers))) or len(set(layers)) < len(layers):
+        raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, each once, not {layers}")
     model.layers = nn.ModuleList(model.layers[i] for i in layers)
     model.config = actual_config(model)
 
@@ -492,13 +493,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 def check(args):
     """Settings that make no sense together raise ValueError."""
-    if "" in vars(args).values():
-        raise ValueError("a flag is empty; give a path or leave the flag out")
     if bool(args.train) != bool(args.dev) or not args.model:
         raise ValueError("--train, --dev and --model go together; see python data/download.py")
-    written = [(Path(args.out) / name).resolve() for name in STAGES]
-    for path in (args.model, args.teacher):
-        if path and Path(path).resolve() in written:
+    for path, name in product((args.model, args.teacher, args.train, args.dev), STAGES):
+        if path and Path(path).resolve().is_relative_to((Path(args.out) / name).resolve()):
             raise ValueError(f"{path}: the run would write over it; give another --out")
     if args.warmup + args.cooldown > 1:
         raise ValueError("--warmup and --cooldown together are more than all the steps")

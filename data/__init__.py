@@ -111,7 +111,13 @@ def inputs_of(windows: list[text.Window], tokenizer: Tokenizer
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """argparse, but an error is one line, and an empty argument is one."""
+
+    def parse_args(self, *arguments):
+        args = super().parse_args(*arguments)
+        if "" in vars(args).values():
+            fail("an argument is empty; give a path or leave it out")
+        return args
 
     def error(self, message: str):
         fail(message)
