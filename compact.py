@@ -248,12 +248,15 @@ def main(argv: list[str] | None = None):
             return
         if args.expand:
             data.save_model(expand(model), args.expand, args.model)
+            print(f"written, in the dense shapes: {args.expand}")
             return
         inputs = data.sample_inputs(model, tokenizer, task, args.dev)
         if args.compare:
             small, other, _ = data.open_model(args.compare)
             if other.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{args.compare}: has other tokens than {args.model}")
+            if linear_weights(small) > linear_weights(model):
+                raise ValueError(f"{args.compare}: is larger than {args.model}; swap them")
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")

@@ -216,9 +216,9 @@ class Bert(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Bert:
         """Open a dense, pruned or compact model, in eval mode.
 
-        A head that the checkpoint lacks starts random, is said on standard error, and makes
-        `model.has_head` false. Raises ValueError or OSError, naming the file and the weight that is
-        missing, misshapen or no number.
+        An output layer that the checkpoint lacks starts random, is said on standard error, and
+        makes `model.has_head` false. Raises ValueError or OSError, naming the file and the weight
+        that is missing, misshapen or no number.
         """
         path = Path(folder) / "config.json"
         try:
@@ -229,8 +229,9 @@ class Bert(nn.Module):
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         model.has_head = any(name.startswith(cls.HEAD) for name in tensors)
-        if not model.has_head:
-            model.span.to_empty(device="cpu").apply(model.initialise)
+        for name, module in model.named_children():
+            if not model.has_head and name not in ("embeddings", "layers"):
+                module.to_empty(device="cpu").apply(model.initialise)
         state = model.state_dict()
         for ours, tensor in state.items():
             if tensor.is_meta:
@@ -238,7 +239,7 @@ class Bert(nn.Module):
                 state[ours] = checked_weight(file, theirs, tensors.get(theirs), tensor.shape)
         model.load_state_dict(state, assign=True)
         if not model.has_head:
-            print(f"{file}: no head for {cls.__name__}; it starts random", file=sys.stderr)
+            print(f"{file}: no output layer of {cls.__name__}; it starts random", file=sys.stderr)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
@@ -264,7 +265,9 @@ class BertForQuestionAnswering(Bert):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> Tensor:
-        """Start and end logits, (B, 2, T); padding gets -1e4.
+        """Start and end logits, (B, 2, T): of each window first its start's row, then its end's.
+
+        Padding gets -1e4.
 
         input_ids, attention_mask (1 for tokens, 0 for padding) and token_type_ids (0 for the
         question, 1 for the context) are (B, T).

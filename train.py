@@ -101,18 +101,19 @@ class Teacher:
         return torch.cat(rows).to(DEVICE)
 
 
-def task_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, a: float) -> Tensor:
+def task_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, a: float) -> Tensor:
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
-    logits (..., K), a row for every target (N,); teacher: its logits (N, K), or None: a is 0 then.
+    logits (..., K), a row for every target (N,), in the targets' order; teacher_logits (N, K), or
+    None: a is 0 then.
     Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
     """
     z = logits.flatten(0, -2).float()                                                    # (N, K)
     loss = F.cross_entropy(z, targets)
-    if teacher is None:
+    if teacher_logits is None:
         return loss
     student = F.log_softmax(z / TEMPERATURE, -1)
-    teacher = F.log_softmax(teacher / TEMPERATURE, -1)
+    teacher = F.log_softmax(teacher_logits / TEMPERATURE, -1)
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return (1 - a) * loss + a * TEMPERATURE ** 2 * kl
 
@@ -177,7 +178,7 @@ def set_up(model, dropout):
         parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
 
 
-def set_learning_rate(optimizer, peak, step, total) -> float:
+def set_learning_rate(optimizer, peak, step, total):
     """Up over a tenth of the steps, then down to 0; the scores' rate stays."""
     warm = max(1, total // 10)
     lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
@@ -198,7 +199,7 @@ def batch_loss(run, model, batch, teacher) -> Tensor:
     return WORLD * share * task_loss(logits, targets, rows, run.args.distill)
 
 
-def mean_of_processes(loss: Tensor) -> float:
+def mean_of_processes(loss):
     loss = loss.detach()
     if WORLD > 1:
         distributed.all_reduce(loss)
@@ -255,8 +256,8 @@ def prepare(args):
         teacher, other, _ = data.open_model(args.teacher, task, args.max_length)
         knows = teacher.has_head and other.get_vocab() == tokenizer.get_vocab()
     if args.distill and not knows:
-        raise ValueError(f"{args.teacher or args.model}: cannot teach, without a head, with part "
-                         "of its layers, or with other tokens; give --dense-epochs, another "
+        raise ValueError(f"{args.teacher or args.model}: cannot teach, without output layer, with "
+                         "part of its layers, or with other tokens; give --dense-epochs, another "
                          "--teacher or --distill 0")
     if args.layers:
         take_layers(model, args.layers)
@@ -407,9 +408,9 @@ def report(run, model, small, difference):
 
 def evaluate(args) -> dict[str, float]:
     """Scores of a saved model's folder, or of a predictions.json."""
-    if args.dev is None:
-        print("no --dev: evaluated on the generated corpus", file=sys.stderr)
     task = TASKS[args.task or "qa"]
+    if args.dev is None:
+        print("no --dev: this is the generated corpus", file=sys.stderr)
     if not Path(args.eval).is_dir():
         examples = data.read_examples(task, args.dev, "dev")
         return task.score(data.read_predictions(args.eval, examples), examples)
@@ -494,7 +495,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def check(args):
     """Settings that make no sense together raise ValueError."""
     if bool(args.train) != bool(args.dev) or not args.model:
-        raise ValueError("--train, --dev and --model go together; see python data/download.py")
+        raise ValueError("--train and --dev go together, with a --model; see data/download.py")
     for path, name in product((args.model, args.teacher, args.train, args.dev), STAGES):
         if path and Path(path).resolve().is_relative_to((Path(args.out) / name).resolve()):
             raise ValueError(f"{path}: the run would write over it; give another --out")

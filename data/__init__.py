@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str):
-        fail(message)
+        fail(f"{message}; see --help")
 
 
 @contextmanager

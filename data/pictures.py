@@ -31,7 +31,7 @@ def table(*rows: tuple[str, ...]) -> str:
 
 def layer_table(layers: list[dict[str, list[bool]]]) -> str:
     """What is left of every layer: {"heads": [True, ...], "ffn": [False, ...]}."""
-    rows = [("layer", "heads", "", "FFN dimensions", "")]
+    rows = [("layer", "heads", "kept", "FFN dimensions", "kept")]
     for i, layer in enumerate(layers):
         cells = [str(i)]
         for kept in (layer["heads"], layer["ffn"]):
@@ -69,7 +69,7 @@ def report(layers: list[dict[str, list[bool]]], summary: dict) -> str:
 
 def size_list(numbers: dict) -> str:
     """The size of a compact model, in words."""
-    return ("linear weights of the encoder: {compact_density:.1%} left\n"
+    return ("density of the encoder: {compact_density:.3f}\n"
             "all parameters: {parameters_compact:,} of {parameters_dense:,}\n"
             "heads: {heads_kept} of {heads_total}\n"
             "FFN dimensions: {ffn_kept} of {ffn_total}".format(**numbers))

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.articles import Question, generated, questions_of, read  # noqa: F401
+from data.articles import Question, generated, questions_of, read  # noqa: F401 (the task's)
 from data.text import Settings, Window, run_model, split
 from model import BertForQuestionAnswering
 
