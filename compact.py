@@ -49,8 +49,7 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     check_plain(query, key, value, output)
     if not query.out_features == key.out_features == value.out_features == output.in_features:
         raise ValueError("queries share keys and values; delete from multi-head attention only")
-    heads = alive(value, output).view(-1, head_size).any(1)                               # (H,)
-    keep = heads.repeat_interleave(head_size)                                             # (H D,)
+    keep = alive(value, output, head_size).repeat_interleave(head_size)                   # (H D,)
     if value.bias is not None:
         fold(output, ~keep, value.bias[~keep])
     for linear in (query, key, value):
@@ -80,12 +79,14 @@ def check_plain(*linears):
         raise ValueError("a layer still has its mask; call bake(model) first")
 
 
-def alive(first: nn.Linear, second: nn.Linear) -> Tensor:
-    """Which dimensions between two layers do more than add a constant: (F,) or (H D,).
+def alive(first: nn.Linear, second: nn.Linear, size: int = 1) -> Tensor:
+    """What does more than add a constant: dimensions (F,) between layers, or heads (H,) of `size`.
 
     A dimension needs its row in the layer that writes it and its column in the one that reads it.
     """
-    return (first.weight != 0).any(1) & (second.weight != 0).any(0)
+    written = (first.weight != 0).any(1)
+    read = (second.weight != 0).any(0)
+    return (written & read).view(-1, size).any(1)
 
 
 def fold(linear, columns, constants):
@@ -204,7 +205,7 @@ def survivors(model: nn.Module) -> list[dict]:
     layers = []
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
-        heads = alive(a.value, a.output).view(-1, a.head_size).any(1)
+        heads = alive(a.value, a.output, a.head_size)
         dimensions = alive(f.first, f.second)
         layers.append({"heads": heads.tolist(), "ffn": dimensions.tolist()})
     return layers

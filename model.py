@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                         # (B, T, C)
         if self.heads == 0:
-            return self.output.bias                                               # (C,), a constant
+            return self.output.bias.expand_as(x)                                    # a constant
         q = self.split(self.query(x))                                               # (B, H, T, D)
         k = self.split(self.key(x))
         v = self.split(self.value(x))
@@ -162,7 +162,7 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                              # (B, T, C)
         if self.first.out_features == 0:
-            return self.second.bias                                               # (C,), a constant
+            return self.second.bias.expand_as(x)                                    # a constant
         return self.second(self.activation(self.first(x)))
 
 

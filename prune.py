@@ -94,13 +94,8 @@ class BlockMask(nn.Module):
         return F.avg_pool2d(weight.float().abs()[None], self.block, ceil_mode=True)[0]
 
     def _apply(self, fn, recurse=True):
-        """Scores stay in float32 when a model is cast: in bfloat16 they would stop moving at 4."""
-        if self.owner[0] is self:
-            before = self.scores.data
-            super()._apply(fn, recurse)
-            self.scores.data = before.to(self.scores.device)
-            self.kept = self.kept.float()
-        return self
+        """Move, but do not cast: in bfloat16 scores would stop moving at 4."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
 class BlockGroup:
@@ -133,6 +128,8 @@ class BlockGroup:
             self.sharing = list(zip(*found))                          # the n-th of every pattern
         else:
             self.sharing = [(linear,) for linears in found for linear in linears]
+        if not self.sharing:
+            raise ValueError("there is no weight to mask")
         transposed = {linear for linears in found[len(rows):] for linear in linears}
 
         self.masks = []                                               # those that own scores

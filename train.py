@@ -92,12 +92,10 @@ class Teacher:
             rows = logits.flatten(0, -2).cpu()                                           # (N, K)
             self.logits.update(zip(indices, rows.split(counts)))
 
-    def rows(self, indices, width) -> Tensor:
+    def rows(self, indices, width):
         """The logits (N, K) of a batch whose own are `width` wide: padding, -1e4, may differ."""
-        rows = []
-        for i in indices:
-            missing = width - self.logits[i].shape[-1]
-            rows.append(F.pad(self.logits[i], (0, missing), value=-1e4))
+        rows = [self.logits[i] for i in indices]
+        rows = [F.pad(z, (0, width - z.shape[-1]), value=-1e4) for z in rows]
         return torch.cat(rows).to(DEVICE)
 
 
@@ -133,7 +131,7 @@ def fit(run, stage, model, epochs, groups, teacher):
             schedule.append((epoch, batch))
     first = run.restore(stage, model, optimizer)
     total = len(schedule)
-    parallel = DistributedDataParallel(model) if WORLD > 1 else model
+    parallel = model if WORLD == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
     bar = tqdm(range(first, total), stage, total, initial=first, disable=RANK > 0 or None)
     for step in bar:
         epoch, batch = schedule[step]
@@ -174,7 +172,7 @@ def set_up(model, dropout):
     for module in model.modules():
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout
-    for parameter in model.parameters():                     # of layers without heads: no gradient
+    for parameter in model.parameters():                   # of layers without heads: no gradient
         parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
 
 
@@ -187,7 +185,7 @@ def set_learning_rate(optimizer, peak, step, total):
     return lr
 
 
-def batch_loss(run, model, batch, teacher) -> Tensor:
+def batch_loss(run, model, batch, teacher):
     """The loss of this process's windows of a batch, counted as their share of its targets."""
     counts = [len(run.windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)
@@ -214,7 +212,7 @@ def say(text):
 # ------------------------------------------------------------------------------------------ pruning
 
 
-def add_masks(model, args) -> list[BlockGroup]:
+def add_masks(model, args):
     """Mask the attention and the FFN matrices. Raises ValueError if no block would be left."""
     attention = BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
                            ["*.attention.output"], model.config.head_size, args.method)
@@ -227,8 +225,8 @@ def add_masks(model, args) -> list[BlockGroup]:
 
 def update_masks(groups, step, total, args):
     """The masks of this step; what soft movement adds to the loss, or 0."""
-    start = round(args.warmup * total)
     end = min(total - round(args.cooldown * total), total - 1)           # the last step is final
+    start = round(args.warmup * total)
     penalty = 0.0
     for group, lambda_ in zip(groups, args.lambdas):
         goal = {"density": args.density}
@@ -314,6 +312,8 @@ class Run:
         if resumes:
             settings = self.state["settings"]
             self.state = read_torch(checkpoint)
+            if "settings" not in self.state:
+                raise ValueError(f"{checkpoint}: is of no run; give another --out")
             for name, then in self.state["settings"].items():
                 if settings.get(name) != then:
                     raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not "
@@ -326,6 +326,7 @@ class Run:
             distributed.barrier()                            # all have looked: one may write
         if RANK == 0 and not resumes:
             if checkpoint.exists():
+                checkpoint.unlink()
                 for name in STAGES:
                     shutil.rmtree(self.out / name, ignore_errors=True)          # an older run's
             self.out.mkdir(parents=True, exist_ok=True)
@@ -499,8 +500,8 @@ def check(args):
     for path, name in product((args.model, args.teacher, args.train, args.dev), STAGES):
         if path and Path(path).resolve().is_relative_to((Path(args.out) / name).resolve()):
             raise ValueError(f"{path}: the run would write over it; give another --out")
-    if args.warmup + args.cooldown > 1:
-        raise ValueError("--warmup and --cooldown together are more than all the steps")
+    if args.warmup + args.cooldown >= 1:
+        raise ValueError("--warmup and --cooldown together leave no step to prune in")
 
 
 if __name__ == "__main__":

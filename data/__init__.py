@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, distributed
 
-from data import corpus, pictures, squad, text  # noqa: F401
+from data import pictures, squad, text  # noqa: F401
 from data.text import Settings, collate, copy_tokenizer, load_tokenizer
 from model import Bert, read_json
 

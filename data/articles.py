@@ -68,6 +68,10 @@ def questions_of(file: dict, path: str | Path, train: bool = False) -> list[Ques
                          "predictions go by id, so give each its own")
     for question in questions:
         question.v2 = v2
+    without = sum(not question.answers for question in questions)
+    if without and not v2:
+        print(f"{path}: {without} questions have no answer, but are not said to be impossible: "
+              "what is predicted for them counts as wrong", file=sys.stderr)
     if train:
         find_spans(questions, path)
     return questions

@@ -166,7 +166,7 @@ def predict(model: nn.Module, tokenizer: Tokenizer, questions: list[Question],
             score, window, first, last = answer
             if not math.isfinite(none) or window is None:
                 raise ArithmeticError(f"{question.file}: question {question.id}: the logits are no "
-                                      "numbers; is the model whole?")
+                                      "numbers, or the context holds no token")
             answers[question.id] = window.text(first, last, question.context)
             if question.v2 and none - score > settings.null_threshold:
                 answers[question.id] = ""
@@ -213,14 +213,14 @@ def score(predictions: dict[str, str], questions: list[Question]) -> dict[str, f
     """
     rows = [score_one(predictions.get(question.id), question) for question in questions]
     result = means(rows)
-    exact_match = {"exact_match": result["exact"]}
+    short = {"exact_match": result["exact"], "f1": result["f1"]}
     if not questions[0].v2:
-        return {**exact_match, "f1": result["f1"]}
+        return short
     for prefix, wanted in (("HasAns", True), ("NoAns", False)):
         part = [row for row, q in zip(rows, questions) if bool(q.answers) == wanted]
         if part:
             result |= {f"{prefix}_{name}": value for name, value in means(part).items()}
-    return {**exact_match, **result}
+    return {**short, **result}
 
 
 def means(rows: list[tuple[float, float]]) -> dict[str, float]:

@@ -62,14 +62,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if kind.startswith("Bert"):
+            apply_settings(tokenizer, settings, path)
         tokenizer.encode("\u2603")
     except BaseException as error:                   # the library's are no Exception, some of them
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
     for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no {token}; is it BERT's?")
-    if kind.startswith("Bert"):
-        apply_settings(tokenizer, settings, path)
     return tokenizer
 
 
@@ -85,7 +85,7 @@ def apply_settings(tokenizer: Tokenizer, settings: dict, path: Path):
         )
     if path.name != "vocab.txt":
         return
-    words = [token for token in tokenizer.get_vocab() if token[0] != "["]
+    words = [token for token in tokenizer.get_vocab() if token[:1] != "["]
     if "do_lower_case" not in settings and any(word != word.lower() for word in words):
         print(f"{path}: has words with capitals, but all text is lower-cased; if that is wrong, "
               'say "do_lower_case": false in tokenizer_config.json', file=sys.stderr)
