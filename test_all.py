@@ -57,14 +57,14 @@ REFERENCE = json.loads((HERE / "data/reference.json").read_text(encoding="utf-8"
 # ------------------------------------------------------------------------------------------ helpers
 
 
-def needs(package: str):
+def needs(package):
     """Import a package that is no requirement, or skip the test."""
     if not importlib.util.find_spec(package):
         raise SkipTest(f"needs the package {package.replace('_', '-')}")
     return importlib.import_module(package)
 
 
-def random_model(seed: int = 0, **changes) -> BertForQuestionAnswering:
+def random_model(seed=0, **changes):
     """Every parameter, biases and norms too, holds numbers that are the same everywhere."""
     sizes = dict(vocab_size=1000, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
                  intermediate_size=80, max_position_embeddings=160, hidden_dropout_prob=0.0,
@@ -210,7 +210,7 @@ def test_logits_equal_those_of_transformers_on_a_real_checkpoint(tmp_path):
     check_logits(checkpoint(tmp_path, model), "minilm")
 
 
-def check_logits(folder, name: str):
+def check_logits(folder, name):
     model = opened(folder)
     inputs = padded_inputs(model.config.vocab_size)
     with torch.inference_mode():
@@ -816,7 +816,7 @@ def test_the_command_line_of_compact(tmp_path):
 # ---------------------------------------------------------------------------------------- data/*.py
 
 
-def questions(n: int | None = None) -> list[articles.Question]:
+def questions(n=None):
     return articles.questions_of(corpus.squad("dev"), "corpus", train=True)[:n]
 
 
@@ -1249,8 +1249,9 @@ def test_layers_of_a_checkpoint_learn_from_the_whole(tmp_path):
     train.take_layers(some, [0, 2])
     del whole.layers[1]
     assert some.config.num_hidden_layers == 2 and difference(some, whole) == 0
-    summary = run_train(tmp_path, "--layers", "0,2", "--teacher", folder, "--density", 1,
-                        "--dense-epochs", 0)
+    flags = ["--layers", "0,2", "--teacher", folder, "--density", 1, "--dense-epochs", 0]
+    run_train(tmp_path, *flags, "--distill", 0)
+    summary = run_train(tmp_path, *flags)
     assert summary["compact_density"] == 1 and summary["heads_total"] == 8
     assert len(opened(tmp_path / "out/compact").layers) == 2
 

@@ -68,10 +68,11 @@ def main(argv: list[str] | None = None):
 
 def whole_run(args):
     """The story: fine-tune, prune, delete, fill."""
-    run, model, teacher = prepare(args)
+    run, model, teacher_model = prepare(args)
     model = run.stage("dense", model, args.dense_epochs)
+    teacher = None
     if args.distill and args.epochs + args.fill_epochs:
-        teacher = Teacher(teacher or model, run)
+        teacher = Teacher(teacher_model or model, run)
     groups = add_masks(model, args)
     model = run.stage("pruned", model, args.epochs, groups, teacher)
     small = compact(model)
@@ -281,7 +282,10 @@ class Run:
     """
 
     def __init__(self, args, task, tokenizer):
-        """Read the data and cut them into windows. Raises ValueError."""
+        """Read the data and cut them into windows; `args` has what `Settings` has, too.
+
+        Raises ValueError where a file or an example is none that can be learnt from.
+        """
         self.args = args
         self.task = task
         self.tokenizer = tokenizer
@@ -407,7 +411,7 @@ def report(run, model, small, difference):
     say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
 
 
-def evaluate(args) -> dict[str, float]:
+def evaluate(args):
     """Scores of a saved model's folder, or of a predictions.json."""
     task = TASKS[args.task or "qa"]
     if args.dev is None:

@@ -73,8 +73,8 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer,
     long = 0                                                       # answers beyond --max-answer
     for index, (question, code) in enumerate(zip(questions, codes)):
         ids, offsets = contexts[question.context]
-        first, last = answer_tokens(question, offsets)
-        long += last - first >= settings.max_answer
+        start, end = answer_tokens(question, offsets)              # -1, in no window: no answer
+        long += end - start >= settings.max_answer
         prefix = [cls, *code.ids, sep]
         room = settings.max_length - len(prefix) - 1
         step = room - settings.stride
@@ -86,8 +86,8 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer,
             part = slice(low, low + room)
             shift = len(prefix) - low                              # of a token's place
             targets = torch.tensor([0, 0])                         # [CLS]
-            if low <= first and last < low + room:
-                targets = torch.tensor([first + shift, last + shift])
+            if low <= start and end < low + room:
+                targets = torch.tensor([start + shift, end + shift])
             tokens = torch.tensor([*prefix, *ids[part], sep])
             window = SpanWindow(question.id, tokens, len(prefix), targets, index, offsets[part])
             windows.append(window)
