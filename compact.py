@@ -10,7 +10,7 @@ constant moves into the next bias.
 | of V, or column d of its part of W_O   | constant W_O[:, head] @ b_V[head]: fold it into b_O |
 | row d of the first FFN matrix          | the unit is activation(b_1[d]): fold it into b_2    |
 | column d of the second FFN matrix      | the unit adds nothing                               |
-| a head's Q or K alone                  | the head is a mean of V over the tokens: it stays   |
+| a head's Q or K alone                  | it is a mean of V, the same for every query: stays  |
 
     heads = compact_attention(query, key, value, output, head_size=64)     # of anybody's model
     dimensions = compact_ffn(first, second, activation)

@@ -49,7 +49,7 @@ class BlockMask(nn.Module):
                  owner: BlockMask | None = None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
-        transposed  the weight is (in, out) and its blocks c x r, scored by the same (R, C)
+        transposed  this matrix reads what the others write: its transpose is cut and scored
         owner       the mask whose scores this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -77,7 +77,7 @@ class BlockMask(nn.Module):
         mask = kept + (scores - scores.detach())             # value of kept, gradient of scores
         r, c = self.block
         if self.transposed:
-            mask = mask.T
+            mask = mask.T                                      # from here on as this matrix lies
             r, c = c, r
         R, C = mask.shape
         rows, columns = weight.shape
@@ -94,7 +94,7 @@ class BlockMask(nn.Module):
         return F.avg_pool2d(weight.float().abs()[None], self.block, ceil_mode=True)[0]
 
     def _apply(self, fn, recurse=True):
-        """Move, but do not cast: in bfloat16 scores would stop moving at 4."""
+        """Move, but do not cast: in bfloat16 a step of 0.01 is lost on a score of 4."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
@@ -109,8 +109,9 @@ class BlockGroup:
         rows     name patterns of matrices with r x c blocks (a layer's query, key, value)
         columns  name patterns of matrices that read what those write: c x r blocks (its output)
         unit     rows that belong together (a head's size). Where the block is r x all and r a
-                 multiple of `unit`, the n-th match of every pattern shares its scores, so that
-                 the same rows and columns go; its gradient is the sum over all of them.
+                 multiple of `unit` (1xall; 64xall with heads of 64), the n-th match of every
+                 pattern shares its scores, so that the same rows and columns go; its gradient is
+                 the sum over all of them. Else (32x32) every matrix has its own.
         method   one of METHODS; magnitude's scores are not learned
         """
         if method not in METHODS:
@@ -303,7 +304,7 @@ def bake(model: nn.Module) -> float:
         weight.copy_(linear.weight)
         kept += int(weight.count_nonzero())
         total += weight.numel()
-        # By hand: remove_parametrizations would unmask copies of the model, too, but in name.
+        # By hand: remove_parametrizations takes `weight` from a class that deep copies share.
         linear.__class__ = parametrize.type_before_parametrizations(linear)
         del linear.parametrizations
         linear.weight = weight

@@ -14,7 +14,7 @@ are made permanent; deletion; filling, on request.
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
 Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
 
-Shapes in comments: B batch, T tokens, N targets of a batch, K classes, tokens or positions.
+Shapes in comments: T tokens, N targets of a batch, n of a window, K positions or classes.
 """
 from __future__ import annotations
 
@@ -94,17 +94,17 @@ class Teacher:
             self.logits.update(zip(indices, rows.split(counts)))
 
     def rows(self, indices, width):
-        """The logits (N, K) of a batch whose own are `width` wide: padding, -1e4, may differ."""
+        """The logits (N, K) of a batch, made as wide as the student's: padding is added, or cut."""
         rows = [self.logits[i] for i in indices]
         rows = [F.pad(z, (0, width - z.shape[-1]), value=-1e4) for z in rows]
         return torch.cat(rows).to(DEVICE)
 
 
-def task_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, a: float) -> Tensor:
+def task_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, a) -> Tensor:
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
     logits (..., K), a row for every target (N,), in the targets' order; teacher_logits (N, K), or
-    None: a is 0 then.
+    None: then it is the cross-entropy alone.
     Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
     """
     z = logits.flatten(0, -2).float()                                                    # (N, K)
@@ -190,11 +190,12 @@ def batch_loss(run, model, batch, teacher):
     """The loss of this process's windows of a batch, counted as their share of its targets."""
     counts = [len(run.windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)
-    mine = batch[RANK::WORLD] or batch[:1]                # one that counts 0: all must take part
+    mine = batch[RANK::WORLD] or batch[:1]         # one whose share is 0: DDP waits for everybody
     inputs, targets = collate([run.windows[i] for i in mine], run.pad, DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=run.args.amp):
         logits = model(*inputs)
     rows = teacher.rows(mine, logits.shape[-1]) if teacher else None
+    # DDP takes the mean of all processes' gradients: WORLD makes it the sum of their shares.
     return WORLD * share * task_loss(logits, targets, rows, run.args.distill)
 
 
@@ -216,8 +217,8 @@ def say(text):
 def add_masks(model, args):
     """Mask the attention and the FFN matrices. Raises ValueError if no block would be left."""
     attention = BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
-                           ["*.attention.output"], model.config.head_size, args.method)
-    ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], 1, args.method)
+                           ["*.attention.output"], unit=model.config.head_size, method=args.method)
+    ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], method=args.method)
     if args.method != "soft-movement":
         attention.blocks_to_keep(args.density)
         ffn.blocks_to_keep(args.density)
@@ -226,13 +227,13 @@ def add_masks(model, args):
 
 def update_masks(groups, step, total, args):
     """The masks of this step; what soft movement adds to the loss, or 0."""
-    end = min(total - round(args.cooldown * total), total - 1)           # the last step is final
+    end = min(total - round(args.cooldown * total), total - 1)   # the last step has the final masks
     start = round(args.warmup * total)
     penalty = 0.0
-    for group, lambda_ in zip(groups, args.lambdas):
+    for i, group in enumerate(groups):
         goal = {"density": args.density}
         if args.method == "soft-movement":
-            goal = {"lambda_": lambda_}
+            goal = {"lambda_": args.lambdas[i]}
         penalty += group.advance(step, start, end, **goal)
     return penalty
 
@@ -249,7 +250,7 @@ def prepare(args):
     torch.manual_seed(args.seed)
     task = TASKS[args.task or "qa"]
     model, tokenizer, _ = data.open_model(args.model, task, args.max_length)
-    knows = model.has_head and not args.layers or args.dense_epochs             # enough to teach
+    knows = (model.has_head and not args.layers) or args.dense_epochs           # enough to teach
     teacher = None
     if args.teacher:
         teacher, other, _ = data.open_model(args.teacher, task, args.max_length)
@@ -282,7 +283,7 @@ class Run:
     """
 
     def __init__(self, args, task, tokenizer):
-        """Read the data and cut them into windows; `args` has what `Settings` has, too.
+        """Read the data and cut them into windows; `args` serves as data.text.Settings, too.
 
         Raises ValueError where a file or an example is none that can be learnt from.
         """
@@ -305,8 +306,8 @@ class Run:
             del settings[name]
         self.state = {"settings": settings, "scores": {}, "stage": None, "step": 0, "log": 0}
         self.clock = perf_counter()
-        say(f"{args.train or 'a generated corpus'}: {len(train)} examples to train on, "
-            f"{len(self.windows)} windows; {len(self.dev)} examples to evaluate on")
+        say(f"{args.train or 'generated corpus'}: {len(train)} examples in {len(self.windows)} "
+            f"windows to train on; {len(self.dev)} examples to evaluate on")
 
     def claim(self):
         """Take the folder: go on with its run, or start anew. Raises ValueError."""

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.articles import Question, generated, questions_of, read  # noqa: F401 (the task's)
+from data.articles import Question, generated, questions_of, read  # noqa: F401 (task.read, ...)
 from data.text import Settings, Window, run_model, split
 from model import BertForQuestionAnswering
 
@@ -89,7 +89,8 @@ def make_windows(questions: list[Question], tokenizer: Tokenizer,
             if low <= start and end < low + room:
                 targets = torch.tensor([start + shift, end + shift])
             tokens = torch.tensor([*prefix, *ids[part], sep])
-            window = SpanWindow(question.id, tokens, len(prefix), targets, index, offsets[part])
+            window = SpanWindow(id=question.id, ids=tokens, first=len(prefix), targets=targets,
+                                question=index, offsets=offsets[part])
             windows.append(window)
     if long:
         print(f"{long} answers have more than --max-answer {settings.max_answer} tokens: too long "
