@@ -39,7 +39,12 @@ def read(path: str | Path, train: bool = False) -> list[Question]:
 
     train: the span of every question's first answer is needed, too.
     """
-    return questions_of(read_json(path), path, train)
+    questions = questions_of(read_json(path), path, train)
+    without = sum(not question.answers and not question.v2 for question in questions)
+    if without:
+        print(f"{path}: {without} questions have no answer, but are not said to be impossible: "
+              "what is predicted for them counts as wrong", file=sys.stderr)
+    return questions
 
 
 def generated(split: str) -> list[Question]:
@@ -68,10 +73,6 @@ def questions_of(file: dict, path: str | Path, train: bool = False) -> list[Ques
                          "predictions go by id, so give each its own")
     for question in questions:
         question.v2 = v2
-    without = sum(not question.answers for question in questions)
-    if without and not v2:
-        print(f"{path}: {without} questions have no answer, but are not said to be impossible: "
-              "what is predicted for them counts as wrong", file=sys.stderr)
     if train:
         find_spans(questions, path)
     return questions
