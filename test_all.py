@@ -149,7 +149,7 @@ TINY = ["--dense-epochs", 1, "--epochs", 3, "--lr", 1e-3, "--batch-size", 4, "--
         "--stride", 20, "--block", "12x12"]
 
 
-def flags_of(folder: Path) -> list:
+def flags_of(folder):
     """A tiny run's flags, its model and its data."""
     return [*TINY, "--model", checkpoint(folder / "model"),
             "--train", squad_file(folder / "train.json", "train", 12),
