@@ -158,7 +158,7 @@ def fit(run, stage, model, epochs, groups, teacher):
             raise ArithmeticError(f"{stage}: {line}: the loss is no number; lower --lr, or look at "
                                   f"the examples {ids}")
         run.log.write(json.dumps({"stage": stage, **line}) + "\n")
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in line.items())
+        numbers = ", ".join(f"{name} {value:.5g}" for name, value in line.items())
         bar.set_postfix_str(numbers, refresh=False)
         ends_epoch = (step + 1) % (total // epochs) == 0
         if ends_epoch and not sys.stdout.isatty():
