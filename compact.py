@@ -25,8 +25,6 @@ Source: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.
 
 Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 """
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable
@@ -79,7 +77,7 @@ def check_plain(*linears):
         raise ValueError("a layer still has its mask; call bake(model) first")
 
 
-def alive(first: nn.Linear, second: nn.Linear, size: int = 1) -> Tensor:
+def alive(first, second, size=1):
     """What does more than add a constant: dimensions (F,) between layers, or heads (H,) of `size`.
 
     A dimension needs its row in the layer that writes it and its column in the one that reads it.
@@ -122,7 +120,7 @@ def compact(model: nn.Module) -> nn.Module:
     return small
 
 
-def actual_config(model: nn.Module):
+def actual_config(model):
     """The model's configuration, with the number and the sizes of the layers that it has now."""
     heads = [layer.attention.heads for layer in model.layers]
     dimensions = [layer.ffn.first.out_features for layer in model.layers]
@@ -185,13 +183,13 @@ def speedup(model: nn.Module, small: nn.Module, batch, rounds: int = 15
     return middle, low, high
 
 
-def seconds(model, batch) -> float:
+def seconds(model, batch):
     begin = perf_counter()
     model(*batch).sum().item()                                      # .item() waits for a GPU
     return perf_counter() - begin
 
 
-def linear_weights(module: nn.Module, only_nonzero: bool = False) -> int:
+def linear_weights(module, only_nonzero=False):
     """How many weights its linear layers hold, or how many of them are not zero."""
     count = 0
     for linear in module.modules():
@@ -200,7 +198,7 @@ def linear_weights(module: nn.Module, only_nonzero: bool = False) -> int:
     return count
 
 
-def survivors(model: nn.Module) -> list[dict]:
+def survivors(model):
     """Which heads and FFN dimensions of every layer of a baked model deletion would leave."""
     layers = []
     for layer in model.layers:
@@ -211,7 +209,7 @@ def survivors(model: nn.Module) -> list[dict]:
     return layers
 
 
-def sizes(model: nn.Module, small: nn.Module) -> dict:
+def sizes(model, small):
     """What summary.json says about the size of a model and of its compact copy."""
     before, after = model.config, small.config
     total = max(1, linear_weights(model.layers))
@@ -230,7 +228,7 @@ def sizes(model: nn.Module, small: nn.Module) -> dict:
 # --------------------------------------------------------------------------------- the command line
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     import data  # only here: this file works alone
     parser = data.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a saved model")
@@ -241,17 +239,22 @@ def main(argv: list[str] | None = None):
     choice.add_argument("--ask", metavar="QUESTION", help="answer from the text in --context")
     parser.add_argument("--context", metavar="FILE", help="a text file")
     parser.add_argument("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
+    parser.add_argument("--columns", help="of a table, as train.py's")
     with data.one_line_errors():
         args = parser.parse_args(argv)
         model, tokenizer, task = data.open_model(args.model)
+        settings = data.settings_of(model)
         if args.ask:
-            print(task.ask(model, tokenizer, args.ask, args.context))
+            example = task.example(args.ask, args.context)
+            print(task.predict(model, tokenizer, [example], settings)["--ask"])
             return
         if args.expand:
             data.save_model(expand(model), args.expand, args.model)
             print(f"written, in the dense shapes: {args.expand}")
             return
-        inputs = data.sample_inputs(model, tokenizer, task, args.dev)
+        examples = data.read_examples(task, args.dev, "dev", args.columns)[:256]
+        windows = task.make_windows(examples, tokenizer, settings)
+        inputs = data.sample_inputs(windows, tokenizer)
         if args.compare:
             small, other, _ = data.open_model(args.compare)
             if other.get_vocab() != tokenizer.get_vocab():

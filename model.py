@@ -42,6 +42,7 @@ ACTIVATIONS = {
 USUAL = {                          # what config.json may not say otherwise
     "position_embedding_type": "absolute",
     "is_decoder": False,
+    "tie_word_embeddings": True,
     "pruned_heads": {},
 }
 PADDING = -1e4                     # the logit of padding: probability 0, and still a finite number
@@ -51,7 +52,8 @@ PADDING = -1e4                     # the logit of padding: probability 0, and st
 class BertConfig:
     """The fields of Hugging Face's config.json that shape the computation, with BERT-base's values.
 
-    The last two are for compact models: the heads and FFN dimensions left in each layer.
+    heads_per_layer, ffn_per_layer  what is left in each layer of a compact model
+    labels                          a classifier's classes by name: id2label in the file
     """
 
     vocab_size: int = 30522
@@ -68,6 +70,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     heads_per_layer: list[int] | None = None
     ffn_per_layer: list[int] | None = None
+    labels: list[str] | None = None
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -82,12 +85,9 @@ class BertConfig:
             self.heads_per_layer = [self.num_attention_heads] * self.num_hidden_layers
         if self.ffn_per_layer is None:
             self.ffn_per_layer = [self.intermediate_size] * self.num_hidden_layers
-        for name in ("heads_per_layer", "ffn_per_layer"):
-            if len(getattr(self, name)) != self.num_hidden_layers:
-                raise ValueError(f"{name} must be {self.num_hidden_layers} numbers, one a layer")
 
     @classmethod
-    def read(cls, path: Path) -> BertConfig:
+    def read(cls, path):
         """Read config.json, ignoring fields that do not concern this model. Raises ValueError."""
         values = read_json(path)
         if values.get("model_type", "bert") != "bert":
@@ -96,9 +96,12 @@ class BertConfig:
             if values.get(name) not in (None, usual):
                 raise ValueError(f"{path}: {name} {values[name]} is not supported, only {usual}")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        names = values.get("id2label")
         try:
+            if names:
+                known["labels"] = [str(names[str(i)]) for i in range(len(names))]
             return cls(**known)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}; mend it or get it again") from None
 
 
@@ -108,7 +111,7 @@ class BertConfig:
 class Embeddings(nn.Module):
     """Token + position + segment, normalised."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config):
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -116,8 +119,10 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)              # (T,)
+    def forward(self, input_ids, token_type_ids,
+                position = None):
+        if position is None:
+            position = torch.arange(input_ids.shape[1], device=input_ids.device)          # (T,)
         x = self.word(input_ids) + self.position(position) + self.segment(token_type_ids)
         return self.dropout(self.norm(x))                                                # (B, T, C)
 
@@ -125,7 +130,7 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """Self-attention: softmax(Q K^T / sqrt(D)) V in each head, then the output matrix."""
 
-    def __init__(self, config: BertConfig, heads: int):
+    def __init__(self, config, heads):
         super().__init__()
         self.heads = heads
         self.head_size = config.head_size
@@ -136,17 +141,24 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                         # (B, T, C)
+    def forward(self, x, mask, earlier=None):
+        """x (B, T, C); mask (B, 1, 1 or T, T), true where a token sees another.
+
+        earlier: in generation, keys and values of the tokens before these; theirs are added.
+        """
         if self.heads == 0:
             return self.output.bias.expand_as(x)                                    # a constant
         q = self.split(self.query(x))                                               # (B, H, T, D)
         k = self.split(self.key(x))
         v = self.split(self.value(x))
+        if earlier is not None:
+            earlier.append((k, v))
+            k, v = (torch.cat(parts, 2) for parts in zip(*earlier))
         dropout = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.output(x.transpose(1, 2).flatten(2))                                 # (B, T, C)
 
-    def split(self, x: Tensor) -> Tensor:
+    def split(self, x):
         """(B, T, H D) -> (B, H, T, D)"""
         return x.unflatten(2, (self.heads, self.head_size)).transpose(1, 2)
 
@@ -154,13 +166,13 @@ class Attention(nn.Module):
 class FFN(nn.Module):
     """activation(x W1^T + b1) W2^T + b2: every FFN dimension is a row of W1 and a column of W2."""
 
-    def __init__(self, config: BertConfig, dimensions: int):
+    def __init__(self, config, dimensions):
         super().__init__()
         self.first = nn.Linear(config.hidden_size, dimensions)
         self.second = nn.Linear(dimensions, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:                                              # (B, T, C)
+    def forward(self, x):                                              # (B, T, C)
         if self.first.out_features == 0:
             return self.second.bias.expand_as(x)                                    # a constant
         return self.second(self.activation(self.first(x)))
@@ -169,7 +181,7 @@ class FFN(nn.Module):
 class Layer(nn.Module):
     """Attention, then FFN; each is added to its input, and the sum normalised."""
 
-    def __init__(self, config: BertConfig, heads: int, dimensions: int):
+    def __init__(self, config, heads, dimensions):
         super().__init__()
         self.attention = Attention(config, heads)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -177,8 +189,8 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:                         # (B, T, C)
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
+    def forward(self, x, mask, earlier=None):
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, earlier)))      # (B, T, C)
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
@@ -189,48 +201,68 @@ class Bert(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        sizes = zip(config.heads_per_layer, config.ffn_per_layer)
+        sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
         self.layers = nn.ModuleList(Layer(config, heads, dimensions) for heads, dimensions in sizes)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None,
-               token_type_ids: Tensor | None) -> Tensor:
-        """What the last layer makes of the tokens, (B, T, C); all inputs are (B, T)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None=None,
+                token_type_ids: Tensor | None = None) -> Tensor:
+        """The logits that `output` describes. The inputs are (B, T):
+
+        attention_mask  1 for tokens, 0 for padding behind them; None: all are tokens
+        token_type_ids  0 for the first segment and padding, 1 for the second; None: all 0
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = None
-        if attention_mask is not None:
-            mask = attention_mask[:, None, None, :].bool()                           # (B, 1, 1, T)
-        x = self.embeddings(input_ids, token_type_ids)                                   # (B, T, C)
-        for layer in self.layers:
-            x = layer(x, mask)
+        mask = self.mask(attention_mask, token_type_ids)
+        x = self.encode(input_ids, mask, token_type_ids)                                 # (B, T, C)
+        return self.output(x, attention_mask, token_type_ids)
+
+    def mask(self, attention_mask, token_type_ids):
+        """Which tokens a token sees: all, but padding. (B, 1, 1, T)"""
+        return attention_mask[:, None, None, :].bool()
+
+    def encode(self, input_ids, mask, token_type_ids, position=None, earlier=None):
+        """What the last layer makes of the tokens (B, T): (B, T, C)."""
+        x = self.embeddings(input_ids, token_type_ids, position)                         # (B, T, C)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, earlier and earlier[i])
         return x
 
-    def initialise(self, module: nn.Module):
+    def initialise(self, module):
         """Random weights: normal with standard deviation `initializer_range`; biases 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(getattr(module, "bias", None), Tensor):
             nn.init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Bert:
         """Open a dense, pruned or compact model, in eval mode.
 
-        An output layer that the checkpoint lacks starts random, is said on standard error, and
-        makes `model.has_head` false. Raises ValueError or OSError, naming the file and the weight
-        that is missing, misshapen or no number.
+        Output layers that the checkpoint lacks start random, are said on standard error, and make
+        `model.has_head` false. Raises ValueError or OSError, naming the file and the weight that
+        is missing, misshapen or no number.
         """
         path = Path(folder) / "config.json"
-        try:
-            with torch.device("meta"):                       # shapes only: no memory until checked
-                model = cls(BertConfig.read(path))
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: {error}; mend it or get it again") from None
+        config = BertConfig.read(path)
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-        model.has_head = any(name.startswith(cls.HEAD) for name in tensors)
+        if config.labels is None and "classifier.bias" in tensors:
+            config.labels = [f"LABEL_{i}" for i in range(len(tensors["classifier.bias"]))]
+        try:
+            with torch.device("meta"):                       # shapes only: no memory until checked
+                model = cls(config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: {error}; mend it or get it again") from None
+        missing = []
         for name, module in model.named_children():
-            if not model.has_head and name not in ("embeddings", "layers"):
+            theirs = NAMES.get(name)
+            if theirs and not any(other.startswith(theirs) for other in tensors):
+                missing.append(theirs)
                 module.to_empty(device="cpu").apply(model.initialise)
         state = model.state_dict()
         for ours, tensor in state.items():
@@ -238,45 +270,129 @@ class Bert(nn.Module):
                 theirs = hugging_face_name(ours)
                 state[ours] = checked_weight(file, theirs, tensors.get(theirs), tensor.shape)
         model.load_state_dict(state, assign=True)
-        if not model.has_head:
-            print(f"{file}: no output layer of {cls.__name__}; it starts random", file=sys.stderr)
+        model.has_head = not missing
+        if missing:
+            print(f"{file}: no output layer {', '.join(missing)}; starts random", file=sys.stderr)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
         write_safetensors(Path(folder) / "model.safetensors", dict(sorted(tensors.items())))
-        values = {"architectures": [type(self).__name__], "model_type": "bert",
-                  **asdict(self.config)}
+        values = {"architectures": [self.ARCHITECTURE], "model_type": "bert", **asdict(self.config)}
         if self.config == replace(self.config, heads_per_layer=None, ffn_per_layer=None):
             del values["heads_per_layer"], values["ffn_per_layer"]
+        labels = values.pop("labels")
+        if labels:
+            values["id2label"] = dict(enumerate(labels))
+            values["label2id"] = {label: i for i, label in enumerate(labels)}
         save_json(Path(folder) / "config.json", values)
 
 
 class BertForQuestionAnswering(Bert):
     """BERT and two numbers for every token: how likely the answer starts there, and ends there."""
 
-    HEAD = "qa_outputs"                                        # its weights in a checkpoint
+    ARCHITECTURE = "BertForQuestionAnswering"                  # in config.json
 
     def __init__(self, config: BertConfig):
-        super().__init__(config)
+        super().__init__(replace(config, labels=None))
         self.span = nn.Linear(config.hidden_size, 2)
         self.apply(self.initialise)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> Tensor:
+    def output(self, x, attention_mask, token_type_ids):
         """Start and end logits, (B, 2, T): of each window first its start's row, then its end's.
 
         Padding gets -1e4.
-
-        input_ids, attention_mask (1 for tokens, 0 for padding) and token_type_ids (0 for the
-        question, 1 for the context) are (B, T).
         """
-        logits = self.span(self.encode(input_ids, attention_mask, token_type_ids))       # (B, T, 2)
-        logits = logits.transpose(1, 2)                                                  # (B, 2, T)
-        if attention_mask is None:
-            return logits
+        logits = self.span(x).transpose(1, 2)                                            # (B, 2, T)
         return logits.masked_fill(attention_mask[:, None] == 0, PADDING)
+
+
+class BertForSequenceClassification(Bert):
+    """BERT and a number for every label, from what the layers make of [CLS]."""
+
+    ARCHITECTURE = "BertForSequenceClassification"
+
+    def __init__(self, config: BertConfig):
+        super().__init__(replace(config, labels=config.labels or ["LABEL_0", "LABEL_1"]))
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.set_labels(self.config.labels)
+        self.apply(self.initialise)
+
+    def set_labels(self, labels: list[str]):
+        """Classes to learn, by name, with a random classifier."""
+        self.config.labels = labels
+        self.classifier = nn.Linear(self.config.hidden_size, len(labels))
+        self.initialise(self.classifier)
+
+    def output(self, x, attention_mask, token_type_ids):
+        """Logits (B, labels)."""
+        pooled = self.pooler(x[:, 0]).tanh()                                             # (B, C)
+        return self.classifier(self.dropout(pooled))
+
+
+class BertForGeneration(Bert):
+    """BERT that reads a source and writes a target, token by token; weights of BertForMaskedLM.
+
+    The source has type 0, the target type 1. Source: UniLM, 2019 (arXiv 1905.03197), section 2.3.
+    """
+
+    ARCHITECTURE = "BertForMaskedLM"
+
+    def __init__(self, config: BertConfig):
+        super().__init__(replace(config, labels=None))
+        self.vocabulary = Vocabulary(config)
+        self.apply(self.initialise)
+
+    def mask(self, attention_mask, token_type_ids):
+        """(B, 1, T, T): all see the source; the target is seen by itself and what follows it."""
+        T = attention_mask.shape[1]
+        before = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()
+        source = token_type_ids[:, None, None, :] == 0
+        return super().mask(attention_mask, token_type_ids) & (source | before)
+
+    def output(self, x, attention_mask, token_type_ids):
+        """Logits (N, V) of the next token, for all N tokens of the targets, in their order."""
+        return self.vocabulary(x[token_type_ids == 1], self.embeddings.word.weight)
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor,
+                 sep: int, longest: int) -> Tensor:
+        """The likeliest target, token by token: (B, n), n <= longest; behind a `sep` all is void.
+
+        The source (B, T) is read once: every token reads the keys and values of earlier ones.
+        """
+        earlier = [[] for _ in self.layers]
+        mask = super().mask(attention_mask, token_type_ids)
+        self.encode(input_ids, mask, token_type_ids, earlier=earlier)
+        ones = torch.ones_like(input_ids[:, :1])                                         # (B, 1)
+        position = attention_mask.sum(1, keepdim=True)                                   # (B, 1)
+        tokens = [sep * ones]
+        ended = ones == 0
+        while len(tokens) <= longest and not ended.all():
+            attention_mask = torch.cat([attention_mask, ones], 1)
+            mask = super().mask(attention_mask, ones)                              # (B, 1, 1, T)
+            x = self.encode(tokens[-1], mask, ones, position, earlier)                   # (B, 1, C)
+            tokens.append(self.vocabulary(x, self.embeddings.word.weight).argmax(-1))
+            position = position + 1
+            ended |= tokens[-1] == sep
+        return torch.cat(tokens[1:], 1)
+
+
+class Vocabulary(nn.Module):
+    """A number for every token of the vocabulary: how well its word embedding fits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def forward(self, x, words):                     # (..., C), (V, C)
+        x = self.norm(self.activation(self.transform(x)))
+        return F.linear(x, words, self.bias)                                   # (..., V)
 
 
 # -------------------------------------------------------------------- names: ours -> Hugging Face's
@@ -295,10 +411,15 @@ NAMES = {
     "layers.#.ffn.second": "bert.encoder.layer.#.output.dense",
     "layers.#.ffn_norm": "bert.encoder.layer.#.output.LayerNorm",
     "span": "qa_outputs",
+    "pooler": "bert.pooler.dense",
+    "classifier": "classifier",
+    "vocabulary": "cls.predictions",
+    "vocabulary.transform": "cls.predictions.transform.dense",
+    "vocabulary.norm": "cls.predictions.transform.LayerNorm",
 }
 
 
-def hugging_face_name(ours: str) -> str:
+def hugging_face_name(ours):
     """layers.7.ffn.first.weight -> bert.encoder.layer.7.intermediate.dense.weight"""
     module, _, kind = ours.rpartition(".")
     layer = "".join(re.findall(r"\d+", module))
@@ -309,7 +430,7 @@ def canonical_name(theirs):
     """Old, short and wrapped spellings of a Hugging Face name -> the one in the table above."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", theirs)
     name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-    if name.startswith(("embeddings.", "encoder.")):
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
         return "bert." + name
     return name
 
@@ -317,7 +438,7 @@ def canonical_name(theirs):
 # -------------------------------------------------------------------------------------------- files
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path):
     """Read a JSON object. Raises ValueError or OSError."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -368,12 +489,10 @@ def read_weights(folder):
     return path, read_torch(path)
 
 
-def checked_weight(file, name, tensor, shape) -> Tensor:
+def checked_weight(file, name, tensor, shape):
     """A weight of the file as the model needs it, in float32. Raises ValueError."""
-    if isinstance(tensor, str):
-        raise ValueError(f"{file}: {name!r} is of type {tensor}; convert it to F32")
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{file}: no weight {name!r}; is this BERT's, and whole?")
+        raise ValueError(f"{file}: {name!r} is {tensor or 'missing'}, not of floats; is it BERT's?")
     if tensor.shape != shape or not tensor.is_floating_point():
         raise ValueError(f"{file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, not "
                          f"float {list(shape)} as in config.json; get both again")
@@ -383,7 +502,7 @@ def checked_weight(file, name, tensor, shape) -> Tensor:
     return weight
 
 
-def read_torch(path) -> dict:
+def read_torch(path):
     """Read what torch.save wrote: data, never code. Raises ValueError."""
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}

@@ -45,8 +45,7 @@ class BlockMask(nn.Module):
     dL/dS_ij = sum over block ij of dL/dW' * W
     """
 
-    def __init__(self, weight: Tensor, block: str, transposed: bool = False,
-                 owner: BlockMask | None = None):
+    def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
         transposed  this matrix reads what the others write: its transpose is cut and scored
@@ -71,7 +70,7 @@ class BlockMask(nn.Module):
         elif owner.scores.shape != shape:
             raise ValueError(f"{block} ties matrices together whose sizes differ")
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight):
         kept = self.owner[0].kept
         scores = self.owner[0].scores
         mask = kept + (scores - scores.detach())             # value of kept, gradient of scores
@@ -87,7 +86,7 @@ class BlockMask(nn.Module):
         product = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
         return product.view(R * r, C * c)[:rows, :columns]
 
-    def magnitude(self, weight: Tensor) -> Tensor:
+    def magnitude(self, weight):
         """Mean |W| of every block (R, C)."""
         if self.transposed:
             weight = weight.T
@@ -195,7 +194,7 @@ class BlockGroup:
         for mask in self.masks:
             mask.kept.copy_(mask.scores.sigmoid() > tau)
 
-    def penalty(self) -> Tensor:
+    def penalty(self):
         """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
         return torch.stack([scores.sigmoid().mean() for scores in self.scores]).mean()
 
@@ -224,13 +223,13 @@ class BlockGroup:
                           "masks, from parameter_groups(model, lr, score_lr)", stacklevel=3)
 
 
-def find_linears(model, pattern) -> list[nn.Linear]:
+def find_linears(model, pattern):
     """The layers whose names match, empty ones left out. Raises ValueError if none is linear."""
     matches = [module for name, module in model.named_modules() if fnmatch(name, pattern)]
     linears = [module for module in matches if isinstance(module, nn.Linear)]
     if not linears:
         kinds = {type(module).__name__ for module in matches}
-        raise ValueError(f"{pattern!r} names no nn.Linear, but {', '.join(kinds) or 'nothing'}")
+        raise ValueError(f"{pattern!r} names no nn.Linear, but {kinds or 'nothing'}")
     return [linear for linear in linears if linear.in_features * linear.out_features]
 
 
@@ -249,7 +248,7 @@ def check_free(model, linears):
                              "the other; leave both out, or give each its own")
 
 
-def best(scores: Tensor, k: int) -> Tensor:
+def best(scores, k):
     """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n."""
     threshold = scores.kthvalue(scores.numel() - k + 1).values
     kept = scores > threshold
@@ -258,7 +257,7 @@ def best(scores: Tensor, k: int) -> Tensor:
     return kept
 
 
-def cubic(step: int, start: int, end: int, first: float, last: float) -> float:
+def cubic(step, start, end, first, last):
     """v(t) = v_end + (v_0 - v_end) * (1 - (t - t0) / (t1 - t0))^3, t0 = start, t1 = end.
 
     The density falls so from 1 to its target; tau and lambda rise so from 0.
@@ -311,7 +310,7 @@ def bake(model: nn.Module) -> float:
     return kept / max(1, total)
 
 
-def parse_block(text: str) -> tuple[int | None, int | None]:
+def parse_block(text):
     """"32x16" -> (32, 16); "1xall" -> (1, None). Raises ValueError."""
     match = re.fullmatch("(all|[1-9][0-9]*)x(all|[1-9][0-9]*)", str(text))
     if not match:

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 import warnings
 from pathlib import Path
 from unittest import SkipTest
@@ -37,13 +38,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import compact
+import data
 import prune
 import train
-from data import articles, corpus, download, pictures, squad, text, tiny_bert
+from data import articles, corpus, download, glue, pictures, questions, squad, text
 from data.text import Settings
 from model import (
     BertConfig,
+    BertForGeneration,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     hugging_face_name,
     read_safetensors,
     save_json,
@@ -51,6 +55,7 @@ from model import (
 )
 
 HERE = Path(__file__).resolve().parent
+WORDS = (HERE / "data/tiny-bert/vocab.txt").read_text(encoding="utf-8")
 REFERENCE = json.loads((HERE / "data/reference.json").read_text(encoding="utf-8"))
 
 
@@ -64,12 +69,12 @@ def needs(package):
     return importlib.import_module(package)
 
 
-def random_model(seed=0, **changes):
+def random_model(seed=0, kind=BertForQuestionAnswering, **changes):
     """Every parameter, biases and norms too, holds numbers that are the same everywhere."""
     sizes = dict(vocab_size=1000, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
                  intermediate_size=80, max_position_embeddings=160, hidden_dropout_prob=0.0,
                  attention_probs_dropout_prob=0.0)
-    return randomise(BertForQuestionAnswering(BertConfig(**{**sizes, **changes})), seed)
+    return randomise(kind(BertConfig(**{**sizes, **changes})), seed)
 
 
 def randomise(model, seed=0):
@@ -87,7 +92,7 @@ def checkpoint(folder, model=None) -> str:
         model = random_model()
         randomise(model.span)
     model.save_pretrained(folder)
-    (Path(folder) / "vocab.txt").write_text("\n".join(tiny_bert.vocabulary()) + "\n")
+    (Path(folder) / "vocab.txt").write_text(WORDS)
     return str(folder)
 
 
@@ -149,16 +154,34 @@ TINY = ["--dense-epochs", 1, "--epochs", 3, "--lr", 1e-3, "--batch-size", 4, "--
         "--stride", 20, "--block", "12x12"]
 
 
-def flags_of(folder):
+def flags_of(folder, task=squad):
     """A tiny run's flags, its model and its data."""
-    return [*TINY, "--model", checkpoint(folder / "model"),
-            "--train", squad_file(folder / "train.json", "train", 12),
-            "--dev", squad_file(folder / "dev.json", "dev", 4)]
+    (name,) = (name for name, other in data.TASKS.items() if other is task)
+    files = [squad_file(folder / "train.json", "train", 12),
+             squad_file(folder / "dev.json", "dev", 4)]
+    model = None
+    if task is glue:
+        files = [glue_file(folder / "train.tsv", "train", 48),
+                 glue_file(folder / "dev.tsv", "dev", 16)]
+    if task is not squad:
+        model = random_model(kind=task.MODEL)
+    return [*TINY, "--task", name, "--model", checkpoint(folder / "model", model),
+            "--train", files[0], "--dev", files[1]]
 
 
-def run_train(folder: Path, *arguments, out="out") -> dict:
+def glue_file(path, split, rows):
+    """A small file like GLUE's QNLI."""
+    lines = ["question1\tquestion2\tis_duplicate"]
+    for sentence in glue.generated(split)[:rows]:
+        lines.append("\t".join([*sentence.texts, sentence.label]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run_train(folder: Path, *arguments, out="out", task=squad) -> dict:
     """A tiny run of the whole program; its summary."""
-    status, _, errors = program(train.main, *flags_of(folder), "--out", folder / out, *arguments)
+    flags = flags_of(folder, task)
+    status, _, errors = program(train.main, *flags, "--out", folder / out, *arguments)
     assert status == 0, errors
     return json.loads((folder / out / "summary.json").read_text())
 
@@ -174,8 +197,8 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def opened(folder):
-    return BertForQuestionAnswering.from_pretrained(folder)
+def opened(folder, kind=BertForQuestionAnswering):
+    return kind.from_pretrained(folder)
 
 
 def rows_of(table: str, **names) -> list[list[str]]:
@@ -274,7 +297,7 @@ def test_weights_that_are_missing_or_odd_are_named(tmp_path):
     folder = Path(checkpoint(tmp_path))
     good = read_safetensors(folder / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.weight"
-    for change, word in ((None, "no weight"), (torch.zeros(3, 4), "[3, 4], not float [48, 80]"),
+    for change, word in ((None, "is missing"), (torch.zeros(3, 4), "[3, 4], not float [48, 80]"),
                          (torch.full((48, 80), math.nan), "NaN"),
                          (torch.full((48, 80), 1e300, dtype=torch.float64), "infinity")):
         tensors = {key: tensor for key, tensor in good.items() if key != name}
@@ -285,7 +308,7 @@ def test_weights_that_are_missing_or_odd_are_named(tmp_path):
         assert name in message and "model.safetensors: " in message and word in message
     raw = (folder / "model.safetensors").read_bytes().replace(b'"dtype": "F64"', b'"dtype": "U64"')
     (folder / "model.safetensors").write_bytes(raw)
-    assert f"{name!r} is of type U64; convert it" in error_of(opened, folder)
+    assert f"{name!r} is U64, not of floats" in error_of(opened, folder)
     (folder / "model.safetensors").unlink()
     for harm in (Malicious(), opened, torch.zeros(1).expand(10**9, 2)):    # code; 8 GB in 1 KB
         torch.save(harm, folder / "pytorch_model.bin")
@@ -539,7 +562,7 @@ BAD_MASKS = """
 group(block) | ROWSxCOLUMNS
 group("1000x1000") | larger than a matrix of 48 x 48
 group(rows=["nowhere*"]) | 'nowhere*' names no nn.Linear, but nothing
-group(rows=["x"], model=conv) | names no nn.Linear, but Conv1d
+group(rows=["x"], model=conv) | names no nn.Linear, but {{'Conv1d'}}
 group(rows=["*.key", "*.query"], model=masked) | masked twice
 group(rows=["*.key", "*"]) | masked twice
 group("2x2", ["head"], model=tied) | embedding and head share one weight
@@ -800,7 +823,7 @@ def test_the_command_line_of_compact(tmp_path):
     _, out, _ = program(compact.main, folder, tmp_path / "small")
     lines = out.splitlines()
     assert "difference" in lines[0] and "1 of 4" in lines[3] and "heads: 9 of 12" in out
-    assert len({len(line) for line in lines[1:5]}) == 1                          # the table aligns
+    assert len({len(line) for line in lines[2:5]}) == 1                          # the table aligns
     assert opened(tmp_path / "small").config.heads_per_layer == [4, 1, 4]
     program(compact.main, tmp_path / "small", "--expand", tmp_path / "dense")
     assert difference(opened(tmp_path / "dense"), model) < 1e-4
@@ -827,11 +850,11 @@ def test_windows_are_those_of_tokenizers(tmp_path):
     for length, stride in ((384, 128), (48, 16), (40, 0)):
         reference.enable_truncation(length - 3, stride=stride, strategy="only_second")
         windows = squad.make_windows(asked, tokenizer, Settings(length, stride))
-        for index, question in enumerate(asked):
+        for question in asked:
             first = reference.encode(question.text, question.context, add_special_tokens=False)
             theirs = [[i for i, part in zip(code.ids, code.type_ids) if part]
                       for code in (first, *first.overflowing)]
-            mine = [w for w in windows if w.question == index]
+            mine = [w for w in windows if w.id == question.id]
             assert [w.ids[w.first:-1].tolist() for w in mine] == theirs
             head = tokenizer.encode(question.text, add_special_tokens=False).ids
             for window in mine:
@@ -839,8 +862,9 @@ def test_windows_are_those_of_tokenizers(tmp_path):
                 assert len(window.ids) <= length
                 start, end = window.targets.tolist()
                 if end:
-                    assert window.text(start, end, question.context) == question.answers[0]
-        found = {w.question for w in windows if w.targets.any()}
+                    said = window.text(start - window.first, end - window.first)
+                    assert said == question.answers[0]
+        found = {w.id for w in windows if w.targets.any()}
         assert len(found) == 40 or stride < 8                   # some window holds each answer
     message = error_of(squad.make_windows, asked, tokenizer, Settings(40, 30))
     assert asked[0].id in message and "--stride" in message
@@ -860,7 +884,7 @@ def test_tokens_are_those_of_transformers(tmp_path):
     """With and without tokenizer.json, whatever tokenizer_config.json says beside it."""
     folder = Path(checkpoint(tmp_path))
     words = "\u00dcber uber Caf\u00e9 cafe \u5317\u4eac \u5317 ##\u4eac Ada ada [NEW] Foo"
-    (folder / "vocab.txt").write_text("\n".join([*tiny_bert.vocabulary(), *words.split()[:9]]))
+    (folder / "vocab.txt").write_text(WORDS + "\n".join(words.split()[:9]))
     with contextlib.redirect_stderr(io.StringIO()) as said:
         text.load_tokenizer(folder).save(str(tmp_path / "lower.json"))
     assert "has words with capitals" in said.getvalue()
@@ -906,17 +930,12 @@ def test_batches_hold_every_window_once_and_little_padding(tmp_path):
 
 def test_best_spans_equal_brute_force():
     torch.manual_seed(0)
-    logits = torch.randn(20, 2, 50)
-    segments = torch.zeros(20, 50, dtype=torch.long)
-    for row in range(20):
-        segments[row, row:row + 3 + row] = 1                            # the last one is a [SEP]
-    for longest in (1, 5, 30):
-        found = zip(*squad.best_spans(logits, segments, longest))
-        for row, (score, first, last) in enumerate(found):
-            inside = range(row, row + 2 + row)
-            best = max((float(logits[row, 0, s] + logits[row, 1, e]), s, e)
-                       for s in inside for e in inside if s <= e < s + longest)
-            assert (score.item(), first.item(), last.item()) == best
+    for longest, first, n in itertools.product((1, 5, 30), (2, 9), (1, 4, 40)):
+        logits = torch.randn(2, 60)
+        window = text.Window("", torch.zeros(first + n + 1), first, None)     # and a [SEP]
+        best = max((float(logits[0, s] + logits[1, e]), s - first, e - first)
+                   for s in range(first, first + n) for e in range(s, min(first + n, s + longest)))
+        assert squad.best_span(logits, window, longest) == best
 
 
 def test_the_metric_is_squads():
@@ -993,7 +1012,7 @@ def test_what_a_question_says_about_itself_counts(tmp_path):
         assert read_entries(tmp_path, entry(), version=version)[0].v2 == expected
     message = error_of(read_entries, tmp_path, entry("both", answers=[("Ben", 9)],
                                                      is_impossible=True))
-    assert "question both: is_impossible, but has an answer" in message
+    assert "question both is_impossible, but has an answer" in message
 
 
 def test_oddities_of_real_data_are_not_errors(tmp_path):
@@ -1018,7 +1037,7 @@ def test_oddities_of_real_data_are_not_errors(tmp_path):
         assert question.id == "7"
         (window,) = squad.make_windows([question], tokenizer, Settings(100, 10))
         start, end = window.targets.tolist()
-        found = window.text(start, end, context) if end else None
+        found = window.text(start - window.first, end - window.first) if end else None
         assert found == (expected and expected.strip()), (answer, offset, found)
         assert ("1 answers are not at" in said.getvalue()) == (offset in (2, None))
     assert question.answers == [" in 1999"]
@@ -1026,7 +1045,7 @@ def test_oddities_of_real_data_are_not_errors(tmp_path):
     message = error_of(read_entries, tmp_path, entry("a", answers=[("Ben", 9)]), *wrong)
     assert "9 answers" in message and "question 0, 1, 2, 3, 4;" in message
     assert len(read_entries(tmp_path, *wrong, train=False)) == 9      # for scores, texts are enough
-    assert "2 ids occur" in error_of(read_entries, tmp_path, *[entry(x) for x in "aabbc"])
+    assert "2 questions have the id" in error_of(read_entries, tmp_path, *map(entry, "aabbc"))
 
 
 def test_answers_that_are_too_long_to_predict_are_counted(tmp_path):
@@ -1039,20 +1058,22 @@ def test_answers_that_are_too_long_to_predict_are_counted(tmp_path):
 
 
 BROKEN_SQUAD = """
-v.pop("data") | top level: no list 'data'
+v.pop("data") | top level: not SQuAD's format
 v.update(data=3) | top level
-v["data"].append(3) | data[1]: no list 'paragraphs'
+v["data"].append(3) | data[1]: not
 v.update(data=[]) | no question
 p.pop("context") | data[0].paragraphs[1]
 p.update(context=" ") | data[0].paragraphs[1]
-p.update(qas={{}}) | data[0].paragraphs[1]
+p.update(qas=3) | data[0].paragraphs[1]
 p["qas"].append(7) | data[0].paragraphs[1]
 q.pop("id") | data[0].paragraphs[1].qas[2]
-q.pop("answers") | question train-0-1-2
-q.update(question="") | question train-0-1-2
-q.update(question=chr(0xd800)) | question train-0-1-2
-q.update(answers=["x"]) | question train-0-1-2
-q["answers"][0].update(text=7) | question train-0-1-2
+q.pop("answers") | data[0].paragraphs[1].qas[2]
+q.update(question="") | data[0].paragraphs[1].qas[2]
+q.update(question=[]) | data[0].paragraphs[1].qas[2]
+q.update(question=chr(0xd800)) | data[0].paragraphs[1].qas[2]
+q.update(answers=["x"]) | data[0].paragraphs[1].qas[2]
+q["answers"][0].update(text=7) | data[0].paragraphs[1].qas[2]
+q["answers"][0].update(answer_start="x") | data[0].paragraphs[1].qas[2]
 """
 
 
@@ -1089,17 +1110,23 @@ def test_downloads_are_whole_or_absent(tmp_path):
     site, folder = tmp_path / "site", tmp_path / "data"
     for name in ("some/bert", "bad"):
         checkpoint(site / name / "resolve/main")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            save_json(site / name / "resolve/main" / file, {})
+        save_json(site / name / "resolve/main/tokenizer_config.json", {})
     (site / "bad/resolve/main/model.safetensors").write_bytes(b"<html>not found</html>")
     for split in ("train", "dev"):
         squad_file(site / f"{split}-v1.1.json", split, 1)
-    common = ["--squad-url", site.as_uri(), "--model-url", site.as_uri(), "--folder", folder]
-    status, _, message = program(download.main, *common, "--model", "bad")
-    assert status == 2 and "model.safetensors: " in message and message.count("; try again") == 1
-    assert not (folder / "bad/model.safetensors").exists()
-    assert program(download.main, *common, "--model", "some/bert")[0] == 0
+    (site / "SST-2").mkdir()
+    glue_file(site / "SST-2/dev.tsv", "dev", 3)
+    shutil.make_archive(site / "SST-2", "zip", site, "SST-2")
+    here = {name: site.as_uri() for name in ("SQUAD", "GLUE", "HUB")}
+    with unittest.mock.patch.multiple(download, **here):
+        status, _, message = program(download.main, "--folder", folder, "--model", "bad")
+        assert status == 2 and "model.safetensors: " in message and "; try again" in message
+        assert not (folder / "bad/model.safetensors").exists()
+        for more in ([], ["--glue", "SST-2"]):
+            flags = ["--folder", folder, "--model", "some/bert", *more]
+            assert program(download.main, *flags)[0] == 0
     assert opened(folder / "bert") and articles.read(folder / "dev-v1.1.json")
+    assert glue.read(folder / "SST-2/dev.tsv")
     assert (folder / "train-v1.1.json").read_bytes() == (site / "train-v1.1.json").read_bytes()
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -1475,12 +1502,11 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     flags = flags_of(tmp_path)
     model = opened(tmp_path / "model")
-    row = model.embeddings.word.weight.data[tiny_bert.vocabulary().index("dog")]
+    row = model.embeddings.word.weight.data[WORDS.splitlines().index("dog")]
     row[::2], row[1::2] = 3e38, -3e38                            # numbers, but their mean is none
     model.save_pretrained(tmp_path / "model")
     status, _, message = program(train.main, *flags, "--out", tmp_path / "out")
     assert status == 2 and message.count("\n") == 1 and "the loss is no number" in message
-    assert message.count("train-0-") == 4                                          # its questions
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "out"))
 
 

@@ -16,20 +16,17 @@ Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02
 
 Shapes in comments: T tokens, N targets of a batch, n of a window, K positions or classes.
 """
-from __future__ import annotations
-
 import argparse
+import copy
 import json
 import math
 import os
 import shutil
 import sys
 import zlib
-from argparse import Namespace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from compact import actual_config, compact, largest_difference, sizes, speedup, survivors
-from data import DEVICE, RANK, TASKS, WORLD, pictures
+from data import DEVICE, RANK, TASKS, WORLD, glue, pictures, questions
 from data.text import batches, collate, run_model
 from model import read_torch, save_json, whole_file
 from prune import METHODS, BlockGroup, bake, parameter_groups
@@ -57,7 +54,7 @@ OFFLINE = {
 }
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     with data.one_line_errors():
         args = parse_args(argv)
         if args.eval:
@@ -84,17 +81,25 @@ def whole_run(args):
 
 
 class Teacher:
-    """A model that does not change: its logits on every window, computed once, for all epochs."""
+    """A model that does not change: its logits on every window, computed once, for all epochs.
+
+    A generator's rows are as long as the vocabulary: there a frozen copy computes them anew.
+    """
 
     def __init__(self, model, run):
+        self.model = None
+        if run.task is questions:
+            self.model = copy.deepcopy(model).eval()       # the model itself goes on learning
+            return
         self.logits = {}                                           # of each window, (n, K)
-        for indices, _, logits in run_model(model, run.windows, run.pad):
-            counts = [len(run.windows[i].targets) for i in indices]
-            rows = logits.flatten(0, -2).cpu()                                           # (N, K)
-            self.logits.update(zip(indices, rows.split(counts)))
+        for i, logits in run_model(model, run.windows, run.pad):
+            self.logits[i] = logits.view(len(run.windows[i].targets), -1)
 
-    def rows(self, indices, width):
+    @torch.no_grad()
+    def rows(self, indices, inputs, width):
         """The logits (N, K) of a batch, made as wide as the student's: padding is added, or cut."""
+        if self.model:
+            return self.model(*inputs)
         rows = [self.logits[i] for i in indices]
         rows = [F.pad(z, (0, width - z.shape[-1]), value=-1e4) for z in rows]
         return torch.cat(rows).to(DEVICE)
@@ -112,7 +117,7 @@ def task_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, a)
     if teacher_logits is None:
         return loss
     student = F.log_softmax(z / TEMPERATURE, -1)
-    teacher = F.log_softmax(teacher_logits / TEMPERATURE, -1)
+    teacher = F.log_softmax(teacher_logits.float() / TEMPERATURE, -1)
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return (1 - a) * loss + a * TEMPERATURE ** 2 * kl
 
@@ -154,9 +159,7 @@ def fit(run, stage, model, epochs, groups, teacher):
         for name, group in zip(("attention", "ffn"), groups):
             line[f"{name}_density"] = group.density
         if not math.isfinite(line["loss"]):
-            ids = ", ".join(run.windows[i].id for i in batch)
-            raise ArithmeticError(f"{stage}: {line}: the loss is no number; lower --lr, or look at "
-                                  f"the examples {ids}")
+            raise ArithmeticError(f"{stage}: {line}: the loss is no number; lower --lr")
         run.log.write(json.dumps({"stage": stage, **line}) + "\n")
         numbers = ", ".join(f"{name} {value:.5g}" for name, value in line.items())
         bar.set_postfix_str(numbers, refresh=False)
@@ -194,7 +197,7 @@ def batch_loss(run, model, batch, teacher):
     inputs, targets = collate([run.windows[i] for i in mine], run.pad, DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=run.args.amp):
         logits = model(*inputs)
-    rows = teacher.rows(mine, logits.shape[-1]) if teacher else None
+        rows = teacher.rows(mine, inputs, logits.shape[-1]) if teacher else None
     # DDP takes the mean of all processes' gradients: WORLD makes it the sum of their shares.
     return WORLD * share * task_loss(logits, targets, rows, run.args.distill)
 
@@ -249,28 +252,33 @@ def prepare(args):
         distributed.init_process_group(backend, timeout=timedelta(days=1))    # the first evaluates
     torch.manual_seed(args.seed)
     task = TASKS[args.task or "qa"]
+    train = data.read_examples(task, args.train, "train", args.columns)
     model, tokenizer, _ = data.open_model(args.model, task, args.max_length)
+    if task is glue:
+        glue.set_labels(model, train)
+    args.labels = model.config.labels
     knows = (model.has_head and not args.layers) or args.dense_epochs           # enough to teach
     teacher = None
     if args.teacher:
         teacher, other, _ = data.open_model(args.teacher, task, args.max_length)
-        knows = teacher.has_head and other.get_vocab() == tokenizer.get_vocab()
+        knows = (teacher.has_head and teacher.config.labels == args.labels
+                 and other.get_vocab() == tokenizer.get_vocab())
     if args.distill and not knows:
         raise ValueError(f"{args.teacher or args.model}: cannot teach, without output layer, with "
-                         "part of its layers, or with other tokens; give --dense-epochs, another "
-                         "--teacher or --distill 0")
+                         "part of its layers, with other tokens or labels; give --dense-epochs, "
+                         "another --teacher or --distill 0")
     if args.layers:
         take_layers(model, args.layers)
     with torch.device("meta"):
         add_masks(type(model)(model.config), args)               # tried out, before all the work
-    run = Run(args, task, tokenizer)
+    run = Run(args, task, tokenizer, train)
     run.claim()
     return run, model, teacher
 
 
 def take_layers(model, layers):
     """Leave all other layers out. Raises ValueError."""
-    if not set(layers) <= set(range(len(model.layers))) or len(set(layers)) < len(layers):
+    if len(set(layers) & set(range(len(model.layers)))) < len(layers):
         raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, each once, not {layers}")
     model.layers = nn.ModuleList(model.layers[i] for i in layers)
     model.config = actual_config(model)
@@ -282,7 +290,7 @@ class Run:
     Only checkpoint.pt knows which stages are finished, and where to go on in the one that is not.
     """
 
-    def __init__(self, args, task, tokenizer):
+    def __init__(self, args, task, tokenizer, train):
         """Read the data and cut them into windows; `args` serves as data.text.Settings, too.
 
         Raises ValueError where a file or an example is none that can be learnt from.
@@ -292,10 +300,9 @@ class Run:
         self.tokenizer = tokenizer
         self.pad = tokenizer.token_to_id("[PAD]")
         self.out = Path(args.out)
-        train = data.read_examples(task, args.train, "train")
-        self.dev = data.read_examples(task, args.dev, "dev")
+        self.dev = data.read_examples(task, args.dev, "dev", args.columns)
         self.windows = task.make_windows(train, tokenizer, args)
-        self.samples = data.inputs_of(task.make_windows(self.dev, tokenizer, args), tokenizer)
+        self.samples = data.sample_inputs(task.make_windows(self.dev, tokenizer, args), tokenizer)
         settings = {
             **vars(args),
             "train": fingerprint(train),
@@ -305,7 +312,6 @@ class Run:
         for name in ("out", "overwrite", "resume", "save_every"):            # these may change
             del settings[name]
         self.state = {"settings": settings, "scores": {}, "stage": None, "step": 0, "log": 0}
-        self.clock = perf_counter()
         say(f"{args.train or 'generated corpus'}: {len(train)} examples in {len(self.windows)} "
             f"windows to train on; {len(self.dev)} examples to evaluate on")
 
@@ -317,8 +323,6 @@ class Run:
         if resumes:
             settings = self.state["settings"]
             self.state = read_torch(checkpoint)
-            if "settings" not in self.state:
-                raise ValueError(f"{checkpoint}: is of no run; give another --out")
             for name, then in self.state["settings"].items():
                 if settings.get(name) != then:
                     raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not "
@@ -361,9 +365,7 @@ class Run:
         scores = self.task.score(predictions, self.dev)
         self.state["scores"][name] = scores
         self.save()
-        took = perf_counter() - self.clock
-        self.clock += took
-        say(f"{name}: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())} ({took:.0f} s)")
+        say(f"{name}: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())}")
 
     def save(self, stage=None, step=0, model=None, optimizer=None):
         """Write the checkpoint to resume from; it appears whole or not at all."""
@@ -378,7 +380,7 @@ class Run:
         with whole_file(self.out / "checkpoint.pt") as file:
             torch.save(self.state | tensors, file)
 
-    def restore(self, stage, model, optimizer) -> int:
+    def restore(self, stage, model, optimizer):
         """Go on from the checkpoint, if it is of this stage; the step to begin with."""
         if self.state["stage"] != stage:
             return 0
@@ -387,7 +389,7 @@ class Run:
         return self.state["step"]
 
 
-def fingerprint(examples) -> str:
+def fingerprint(examples):
     return f"{len(examples)} examples (crc {zlib.crc32(repr(examples).encode()):08x})"
 
 
@@ -417,12 +419,14 @@ def evaluate(args):
     task = TASKS[args.task or "qa"]
     if args.dev is None:
         print("no --dev: this is the generated corpus", file=sys.stderr)
-    if not Path(args.eval).is_dir():
-        examples = data.read_examples(task, args.dev, "dev")
-        return task.score(data.read_predictions(args.eval, examples), examples)
-    model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
-    examples = data.read_examples(task, args.dev, "dev")
-    return task.score(task.predict(model, tokenizer, examples, args), examples)
+    saved = Path(args.eval).is_dir()
+    if saved:
+        model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
+        args.labels = model.config.labels
+    examples = data.read_examples(task, args.dev, "dev", args.columns)
+    if saved:
+        return task.score(task.predict(model, tokenizer, examples, args), examples)
+    return task.score(data.read_predictions(args.eval, examples), examples)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -445,10 +449,16 @@ def layer_numbers(text):
 SHARE = between(0, 1)
 WHOLE = between(0, 1e9, int)
 POSITIVE = between(1, 1e9, int)
+SWITCHES = [
+    ("--resume", "go on with an unfinished run"),
+    ("--overwrite", "replace even an unfinished run"),
+    ("--amp", "train in bfloat16 (autocast): CUDA, or a CPU with avx512_bf16"),
+]
 FLAGS = [                                                # flag, type, default, help
     ("--model", str, None, "checkpoint's folder (default: the tiny BERT's)"),
     ("--train", str, None, "file to train on (default: a generated corpus)"),
     ("--dev", str, None, "file to evaluate on (default: likewise)"),
+    ("--columns", str, None, "of a table: TEXT,LABEL or TEXT,TEXT2,LABEL (default: GLUE's)"),
     ("--out", str, "out", "folder for the results"),
     ("--save-every", POSITIVE, 500, "steps between checkpoints"),
     ("--eval", str, None, "score a saved model's folder or a predictions.json"),
@@ -475,7 +485,7 @@ FLAGS = [                                                # flag, type, default, 
 ]
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
+def parse_args(argv):
     parser = data.Parser(description=__doc__.splitlines()[0],
                          epilog="Without --model and --train, a tiny BERT learns a generated "
                          f"corpus, with other defaults: {OFFLINE}")
@@ -484,9 +494,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--method", default="movement", choices=METHODS, help="what decides (default: movement)")
     add("--lambda", dest="lambdas", type=between(0, 1e9), nargs=2, default=[10.0, 10.0],
         metavar="L", help="soft movement's penalties, of attention and FFN (default: 10 10)")
-    add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--overwrite", action="store_true", help="replace even an unfinished run")
-    add("--amp", action="store_true", help="train in bfloat16 (autocast)")
+    for flag, text in SWITCHES:
+        add(flag, action="store_true", help=text)
     for flag, kind, default, text in FLAGS:
         if default is not None:
             text += f" (default: {default})"

@@ -1,24 +1,29 @@
 """What both command lines share: the tasks by name, saved models with all that belongs to them,
-and errors of one line."""
-from __future__ import annotations
+and errors of one line.
 
+A task is a module of data/ that has
+
+    MODEL, HEADLINE                                          its class, and the score that counts
+    read(path, train), generated(split)       -> examples    each with an `id`
+    example(text, path)                       -> an example  to --ask
+    make_windows(examples, tokenizer, settings) -> [Window]
+    predict(model, tokenizer, examples, settings) -> {id: text}
+    score(predictions, examples)              -> {"f1": 74.2, ...}, in percent
+"""
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, distributed
+from torch import distributed
 
-from data import pictures, squad, text  # noqa: F401
-from data.text import Settings, collate, copy_tokenizer, load_tokenizer
-from model import Bert, read_json
+from data import glue, pictures, questions, squad  # noqa: F401
+from data.text import Settings, collate, copy_tokenizer, load_tokenizer, split
+from model import read_json
 
-TASKS = {"qa": squad}
+TASKS = {"qa": squad, "classification": glue, "generation": questions}
 
 RANK, WORLD, LOCAL = 0, 1, 0                               # this process, of how many; its device
 if distributed.is_torchelastic_launched():                 # by torchrun
@@ -28,8 +33,7 @@ if distributed.is_torchelastic_launched():                 # by torchrun
 DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
 
 
-def open_model(folder: str | Path, task: ModuleType | None = None, max_length: int = 0
-               ) -> tuple[Bert, Tokenizer, ModuleType]:
+def open_model(folder, task=None, max_length=0):
     """A saved model, its tokenizer and its task, checked against each other and the window.
 
     task: read from config.json unless given. Raises ValueError or OSError.
@@ -51,18 +55,18 @@ def open_model(folder: str | Path, task: ModuleType | None = None, max_length: i
     return model.to(DEVICE), tokenizer, task
 
 
-def task_of(folder: str | Path) -> ModuleType:
+def task_of(folder):
     """The task of a saved model: the one whose model `architectures` names. Raises ValueError."""
     path = Path(folder) / "config.json"
     names = read_json(path).get("architectures") or []
-    for task in TASKS.values():
-        if task.MODEL.__name__ in names:
-            return task
-    raise ValueError(f"{path}: architectures {names} has none of "
-                     f"{[task.MODEL.__name__ for task in TASKS.values()]}; fine-tune it first")
+    tasks = {task.MODEL.ARCHITECTURE: task for task in TASKS.values()}
+    for name in names:
+        if name in tasks:
+            return tasks[name]
+    raise ValueError(f"{path}: architectures {names}, none of {[*tasks]}; fine-tune it first")
 
 
-def save_model(model: Bert, folder: str | Path, source: str | Path):
+def save_model(model, folder, source):
     """Save a model, and the tokenizer of the checkpoint it came from, so that it stands alone.
 
     Raises ValueError if that checkpoint would be lost.
@@ -73,14 +77,16 @@ def save_model(model: Bert, folder: str | Path, source: str | Path):
     copy_tokenizer(source, folder)
 
 
-def read_examples(task: ModuleType, path: str | None, split: str) -> list:
+def read_examples(task, path, split, columns=None):
     """The examples of a file, or of the generated corpus; split: "train" or "dev"."""
     if path is None:
         return task.generated(split)
+    if task is glue:
+        return glue.read(path, columns)
     return task.read(path, train=split == "train")
 
 
-def read_predictions(path: str, examples: list) -> dict[str, str]:
+def read_predictions(path, examples):
     """Read a predictions file: an example's id -> text. Raises ValueError or OSError."""
     value = read_json(path)
     if not all(isinstance(text, str) for text in value.values()):
@@ -91,20 +97,16 @@ def read_predictions(path: str, examples: list) -> dict[str, str]:
     return value
 
 
-def sample_inputs(model: Bert, tokenizer: Tokenizer, task: ModuleType, path: str | None
-                  ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The inputs of some windows of a file, or of the generated corpus, to compare models on."""
+def settings_of(model):
+    """Windows as a model reads them that nobody gave settings for."""
     length = min(384, model.config.max_position_embeddings)
-    examples = read_examples(task, path, "dev")[:256]
-    windows = task.make_windows(examples, tokenizer, Settings(length, length // 3))
-    return inputs_of(windows, tokenizer)
+    return Settings(length, length // 3)
 
 
-def inputs_of(windows: list[text.Window], tokenizer: Tokenizer
-              ) -> list[tuple[Tensor, Tensor, Tensor]]:
+def sample_inputs(windows, tokenizer):
     """The model's inputs, of the first 256 windows, in batches of eight: to compare models on."""
     pad = tokenizer.token_to_id("[PAD]")
-    return [collate(part, pad, DEVICE)[0] for part in text.split(windows[:256], 8)]
+    return [collate(part, pad, DEVICE)[0] for part in split(windows[:256], 8)]
 
 
 # ------------------------------------------------------------------------------- errors of one line
@@ -119,12 +121,12 @@ class Parser(argparse.ArgumentParser):
             fail("an argument is empty; give a path or leave it out")
         return args
 
-    def error(self, message: str):
+    def error(self, message):
         fail(f"{message}; see --help")
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors():
     """What comes from outside and is refused ends the program with one line and status 2."""
     try:
         yield
@@ -139,7 +141,7 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
 
 
-def fail(message: str, status: int = 2):
+def fail(message, status=2):
     """One line on standard error, and the end."""
     if RANK == 0:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)

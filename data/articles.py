@@ -6,13 +6,10 @@
 
 Sources: Rajpurkar et al., SQuAD, 2016 (arXiv 1606.05250); 2018 (arXiv 1806.03822, version 2.0).
 """
-from __future__ import annotations
-
 import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +31,7 @@ class Question:
     file: str | Path = field(default="", repr=False)                   # it came from, for errors
 
 
-def read(path: str | Path, train: bool = False) -> list[Question]:
+def read(path, train=False):
     """Read a file in SQuAD's format, v1.1 or v2.0. Raises ValueError, naming the place, or OSError.
 
     train: the span of every question's first answer is needed, too.
@@ -47,30 +44,36 @@ def read(path: str | Path, train: bool = False) -> list[Question]:
     return questions
 
 
-def generated(split: str) -> list[Question]:
+def generated(split):
     """The questions of the generated corpus: "train", "dev" or "pretrain"."""
-    return questions_of(corpus.squad(split), "the generated corpus", train=split != "dev")
+    return questions_of(corpus.squad(split), "the generated corpus", train=True)
 
 
-def questions_of(file: dict, path: str | Path, train: bool = False) -> list[Question]:
+def questions_of(file, path, train=False):
     """The questions in SQuAD's JSON; `path` names them in errors."""
     questions = []
     v2 = re.match(r"v?2\b", str(file.get("version"))) is not None
-    for place, context, entry in entries(path, file):
-        question = read_question(path, place, context, entry)
-        if str(entry.get("is_impossible")).lower() in ("true", "1"):
-            v2 = True
-            if question.answers:
-                raise ValueError(f"{path}: question {question.id}: is_impossible, but has an "
-                                 "answer; remove one of them")
-        questions.append(question)
+    place = "top level"
+    try:
+        for a, article in enumerate(file["data"]):
+            place = f"data[{a}]"
+            for p, paragraph in enumerate(article["paragraphs"]):
+                place = f"data[{a}].paragraphs[{p}]"
+                context = text_of(paragraph, "context")
+                for q, entry in enumerate(paragraph["qas"]):
+                    place = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                    question = read_question(entry, context, path)
+                    v2 = v2 or question.v2
+                    questions.append(question)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
+                         "mend or remove it") from None
     if not questions:
         raise ValueError(f"{path}: holds no question; is it the right file?")
-    counts = Counter(question.id for question in questions)
-    again = [id_ for id_, count in counts.items() if count > 1]
-    if again:
-        raise ValueError(f"{path}: {len(again)} ids occur more than once, as {again[0]} does; "
-                         "predictions go by id, so give each its own")
+    ((id_, count),) = Counter(question.id for question in questions).most_common(1)
+    if count > 1:
+        raise ValueError(f"{path}: {count} questions have the id {id_}; predictions go by id, so "
+                         "give each its own")
     for question in questions:
         question.v2 = v2
     if train:
@@ -78,58 +81,47 @@ def questions_of(file: dict, path: str | Path, train: bool = False) -> list[Ques
     return questions
 
 
-def entries(path: str | Path, file: dict) -> Iterator[tuple[str, str, dict]]:
-    """Place in the file, context and JSON of every question. Raises ValueError."""
-    for a, article in enumerate(member(file, "data", list, path, "top level")):
-        paragraphs = member(article, "paragraphs", list, path, f"data[{a}]")
-        for p, paragraph in enumerate(paragraphs):
-            place = f"data[{a}].paragraphs[{p}]"
-            context = member(paragraph, "context", str, path, place)
-            qas = member(paragraph, "qas", list, path, place)
-            for q, entry in enumerate(qas):
-                yield f"{place}.qas[{q}]", context, entry
-
-
-def read_question(path: str | Path, place: str, context: str, entry: dict) -> Question:
-    """Raises ValueError, naming the question."""
-    if isinstance(entry, dict) and type(entry.get("id")) is int:
-        entry = {**entry, "id": str(entry["id"])}
-    id_ = member(entry, "id", str, path, place)
-    place = f"question {id_}"
-    text = member(entry, "question", str, path, place).strip()
-    question = Question(id_, text, context, answers=[], file=path)
-    for answer in member(entry, "answers", list, path, place):
-        if isinstance(answer, dict) and answer.get("text") == "":          # a way to say "none"
+def read_question(entry, context, path):
+    """A question of the file `path`. Raises ValueError and whatever plain indexing raises."""
+    question = Question(text_of(entry, "id"), text_of(entry, "question").strip(), context, [],
+                        file=path)
+    for answer in entry["answers"]:
+        if answer["text"] == "":                                           # a way to say "none"
             continue
-        text = member(answer, "text", str, path, place)
-        question.answers.append(text.strip(FORMAT))
+        question.answers.append(text_of(answer, "text").strip(FORMAT))
         if len(question.answers) == 1:
-            question.offset = number(answer.get("answer_start"))
+            begin = answer.get("answer_start")
+            question.offset = -1 if begin is None else int(begin)
+    question.v2 = str(entry.get("is_impossible")).lower() in ("true", "1")
+    if question.v2 and question.answers:
+        raise ValueError(f"question {question.id} is_impossible, but has an answer")
     return question
 
 
-def member(entry: dict, key: str, kind: type, path: str | Path, place: str):
-    """entry[key], if it is there, of that type, and no empty text. Raises ValueError."""
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if type(value) is not kind:
-        raise ValueError(f"{path}: {place}: no {kind.__name__} {key!r}; is it SQuAD's format?")
-    if kind is str and (not value.strip() or re.search("[\ud800-\udfff]", value)):
-        raise ValueError(f"{path}: {place}: {key!r} is empty or not UTF-8; mend or remove it")
+def text_of(entry, key):
+    """entry[key], if it is a text (an id may be an integer) and not empty. Raises ValueError."""
+    value = entry[key]
+    if type(value) is int and key == "id":
+        return str(value)
+    if not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{key!r} is empty or not UTF-8")
     return value
 
 
-def number(value) -> int:
-    """14, 14.0 and "14" are 14; what is no number is no offset, -1."""
-    try:
-        return int(value)
-    except (ValueError, TypeError, OverflowError):
-        return -1
+def example(question, answers, path):
+    """A question about the text of a file, to `--ask`. Raises ValueError or OSError."""
+    if not path:
+        raise ValueError("--ask needs the text that the answer stands in; give --context FILE")
+    context = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    found = Question("--ask", question, context, answers, offset=-1, file=path)
+    find_spans([found], path)
+    return found
 
 
 # -------------------------------------------------------------------------- where the answers stand
 
 
-def find_spans(questions: list[Question], path: str | Path):
+def find_spans(questions, path):
     """Set the span of every first answer: at its offset, or where its text stands exactly once.
 
     Raises ValueError, once for all those that are nowhere or in several places.
@@ -158,7 +150,7 @@ def find_spans(questions: list[Question], path: str | Path):
               "taken from there", file=sys.stderr)
 
 
-def end_of(context: str, text: str, begin: int) -> int | None:
+def end_of(context, text, begin):
     """Where a text that begins there ends; it may be spelled longer or shorter in the context."""
     if begin < 0:
         return None
@@ -170,7 +162,7 @@ def end_of(context: str, text: str, begin: int) -> int | None:
     return None
 
 
-def simplified(text: str) -> str:
+def simplified(text):
     """One spelling for texts that differ in white space, case or Unicode form only."""
     text = text.translate(dict.fromkeys(map(ord, FORMAT)))
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -6,23 +6,21 @@ development set occurs in training.
 
     python data/corpus.py dev > dev.json           # to look at
 """
-from __future__ import annotations
-
-import argparse
 import json
 import random
+import sys
 from itertools import permutations, product
 from pathlib import Path
 
 ARTICLES = {"train": 40, "dev": 4, "pretrain": 250}          # of 50 paragraphs each
 SYLLABLES = ["".join(letters) for letters in product("bdfgklmnprstvz", "aeiou", "lnr")]
-YEARS = [str(year) for year in range(1950, 2020)]
 # Names, jobs and relations: statements about a person {p}, questions that the answer {a} is to.
 TEMPLATES = json.loads(Path(__file__).with_name("templates.json").read_text(encoding="utf-8"))
 FIRST, LAST, JOBS, RELATIONS = TEMPLATES.values()
+ANSWERS = {"job": JOBS, "school": [str(year) for year in range(1950, 2020)]}      # else: names
 
 
-def squad(split: str) -> dict:
+def squad(split="dev"):
     """SQuAD's JSON for "train", "dev" or "pretrain": the same at every call."""
     rng = random.Random(split)
     people, names = names_of(split)
@@ -36,7 +34,7 @@ def squad(split: str) -> dict:
     return {"version": "1.1", "data": articles}
 
 
-def names_of(split: str) -> tuple[list[str], list[str]]:
+def names_of(split):
     """The people, and the names of towns and dogs: a fifth is kept for the development set."""
     people = [f"{first} {last}" for first in FIRST for last in LAST]
     names = ["".join(pair).capitalize() for pair in permutations(SYLLABLES, 2)]
@@ -47,20 +45,17 @@ def names_of(split: str) -> tuple[list[str], list[str]]:
     return people, names
 
 
-def invent(rng, people: list[str], names: list[str]) -> list[tuple[str, str, str]]:
+def invent(rng, people, names):
     """One or two facts of the same kinds about each of three people: (person, answer, relation)."""
     persons = []
     for first in rng.sample(FIRST, 3):
-        named_so = [person for person in people if person.startswith(first)]
-        persons.append(rng.choice(named_so))
+        persons.append(rng.choice([person for person in people if person.startswith(first)]))
     fresh = rng.sample(names, 6)
     facts = []
     relations = rng.sample(list(RELATIONS), rng.randint(1, 2))
     for relation in relations:
-        if relation == "job":
-            answers = rng.sample(JOBS, 3)
-        elif relation == "school":
-            answers = rng.sample(YEARS, 3)
+        if relation in ANSWERS:
+            answers = rng.sample(ANSWERS[relation], 3)
         else:
             answers = [fresh.pop() for _ in persons]
         facts += zip(persons, answers, [relation] * 3)
@@ -68,7 +63,7 @@ def invent(rng, people: list[str], names: list[str]) -> list[tuple[str, str, str
     return facts
 
 
-def write(rng, facts: list[tuple[str, str, str]], id_: str, pretrain: bool) -> dict:
+def write(rng, facts, id_, pretrain):
     """A paragraph with a sentence a fact, and questions about up to four of them.
 
     With `pretrain`, the questions are statements with a blank, "Anna Page was born in _.", and
@@ -80,28 +75,19 @@ def write(rng, facts: list[tuple[str, str, str]], id_: str, pretrain: bool) -> d
     for fact in facts:
         person, answer, relation = fact
         statements, questions = RELATIONS[relation].values()
-        sentence = rng.choice(statements).format(p=person, a=answer)
+        context += rng.choice(statements).format(p=person, a=answer) + " "
         if fact in asked:
             form = rng.choice(statements if pretrain else questions)
-            begin = len(context) + sentence.index(answer)
-            found.append((form.format(p=person, a="_"), answer, begin))
-        context += sentence + " "
+            found.append((form.format(p=person, a="_"), answer, context.rindex(answer)))
     if pretrain:
         for person in dict.fromkeys(person for person, _, _ in facts):
             found.append((f"Who is {person.split()[0]}?", person, context.index(person)))
     qas = []
     for number, (question, answer, start) in enumerate(found):
         answers = [{"text": answer, "answer_start": start}]
-        qas.append({
-            "id": f"{id_}-{number}",
-            "question": question,
-            "answers": answers,
-        })
+        qas.append({"id": f"{id_}-{number}", "question": question, "answers": answers})
     return {"context": context.strip(), "qas": qas}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("split", nargs="?", default="dev", choices=ARTICLES)
-    args = parser.parse_args()
-    print(json.dumps(squad(args.split), indent=1))
+    print(json.dumps(squad(*sys.argv[1:]), indent=1))

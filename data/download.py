@@ -1,67 +1,71 @@
-"""Download SQuAD and a Hugging Face checkpoint into data/.
+"""Download SQuAD or a task of GLUE, and a Hugging Face checkpoint, into data/.
 
     python data/download.py                       # SQuAD v1.1 and bert-base-uncased
     python data/download.py --version 2.0 --model bert-large-uncased
+    python data/download.py --glue SST-2          # data/SST-2/train.tsv and dev.tsv
 
-Every file is checked before it gets its name, so that none is there in part. Files that are there
-already stay as they are.
+A file gets its name when it is whole. Files that are there already stay as they are.
 """
 import argparse
 import shutil
+import socket
 import sys
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import urlretrieve
 
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
-from model import read_json, read_safetensors, whole_file  # noqa: E402
+from model import read_safetensors  # noqa: E402
 
-CHECKPOINT = "config.json vocab.txt tokenizer_config.json tokenizer.json model.safetensors".split()
+CHECKPOINT = ("config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors")
+SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
+GLUE = "https://dl.fbaipublicfiles.com/glue/data"
+HUB = "https://huggingface.co"
 
 
-def fetch(url: str, path: Path):
-    """Download one file: whole and readable, or not at all. Raises OSError, ValueError."""
+def fetch(url, path):
+    """Download one file: whole, or not at all."""
     if path.exists():
         return
-    with urlopen(url, timeout=60) as response, whole_file(path) as file:
-        size = int(response.headers.get("Content-Length", -1))
-        with tqdm.wrapattr(file, "write", size, desc=path.name, disable=None) as stream:
-            shutil.copyfileobj(response, stream)
-        if size not in (-1, file.tell()):
-            raise ValueError(f"{file.tell()} of {size} bytes came")
-        file.flush()
-        if path.suffix == ".json":
-            read_json(file.name)
-        elif path.suffix == ".safetensors":
-            read_safetensors(file.name)
-    print(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.partial")
+    try:
+        with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+            urlretrieve(url, part, lambda number, size, total: bar.update(size))
+        if path.suffix == ".safetensors":
+            read_safetensors(part)
+        part.replace(path)
+        print(path)
+    except (OSError, ValueError, HTTPException) as error:
+        print(f"download.py: {url}: {error}; try again", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--version", default="1.1", choices=("1.1", "2.0"), help="SQuAD's version")
-    add("--model", default="bert-base-uncased", help="a checkpoint of the BERT family")
-    add("--folder", type=Path, default=DATA, help="where to put the files")
-    add("--squad-url", default="https://rajpurkar.github.io/SQuAD-explorer/dataset", help="SQuAD")
-    add("--model-url", default="https://huggingface.co", help="checkpoints")
+    add("--version", default="1.1", choices=("1.1", "2.0"), help="SQuAD's (default: 1.1)")
+    add("--glue", help="instead of SQuAD: SST-2, QQP or MNLI")
+    add("--model", default="bert-base-uncased", help="default: bert-base-uncased")
+    add("--folder", type=Path, default=DATA, help="where to put the files (default: data)")
     args = parser.parse_args(argv)
-    folder = args.folder / args.model.rpartition("/")[2]
-    files = [(f"{args.squad_url}/{name}", args.folder / name)
-             for name in (f"train-v{args.version}.json", f"dev-v{args.version}.json")]
-    files += [(f"{args.model_url}/{args.model}/resolve/main/{name}", folder / name)
-              for name in CHECKPOINT]
-    for url, path in files:
-        try:
-            fetch(url, path)
-        except (OSError, ValueError, HTTPException) as error:
-            if getattr(error, "code", None) != 404 or not path.name.startswith("tokenizer"):
-                print(f"download.py: {url}: {error}; try again", file=sys.stderr)
-                sys.exit(2)
+    socket.setdefaulttimeout(60)
+    for name in CHECKPOINT:
+        folder = args.folder / args.model.rpartition("/")[2]
+        fetch(f"{HUB}/{args.model}/resolve/main/{name}", folder / name)
+    if args.glue:
+        path = args.folder / f"{args.glue}.zip"
+        fetch(f"{GLUE}/{path.name}", path)
+        shutil.unpack_archive(path, args.folder)
+        return
+    for split in ("train", "dev"):
+        name = f"{split}-v{args.version}.json"
+        fetch(f"{SQUAD}/{name}", args.folder / name)
 
 
 if __name__ == "__main__":

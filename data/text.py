@@ -5,22 +5,21 @@ nothing in the project needs to know which task it is.
 
 Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
 """
-from __future__ import annotations
-
 import json
 import random
+import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tokenizers.normalizers import BertNormalizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from model import read_json, whole_file
+from model import read_json
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -34,6 +33,7 @@ class Settings:
     stride: int = 128                        # tokens by which two windows overlap
     max_answer: int = 30                     # tokens in an answer
     null_threshold: float = 0.0              # no answer where [CLS] scores higher by more
+    labels: list[str] | None = None          # a classifier's, in its order
 
 
 @dataclass
@@ -73,7 +73,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def apply_settings(tokenizer: Tokenizer, settings: dict, path: Path):
+def apply_settings(tokenizer, settings, path):
     """What tokenizer_config.json says counts, also against tokenizer.json, as in transformers."""
     normal = json.loads(tokenizer.to_str())["normalizer"] or {}
     if normal.get("type") == "BertNormalizer":
@@ -96,62 +96,64 @@ def apply_settings(tokenizer: Tokenizer, settings: dict, path: Path):
             raise ValueError(f"{path.with_name('added_tokens.json')}: {token!r} can't be {number}")
 
 
-def read_if_there(path: Path) -> dict:
+def read_if_there(path):
     return read_json(path) if path.exists() else {}
 
 
-def copy_tokenizer(source: str | Path, folder: str | Path):
+def copy_tokenizer(source, folder):
     """Copy a checkpoint's tokenizer, in place of the one that the folder may hold."""
     for name in TOKENIZER_FILES:
-        (Path(folder) / name).unlink(missing_ok=True)
-        if (Path(source) / name).exists():
-            with whole_file(Path(folder) / name) as file:
-                file.write((Path(source) / name).read_bytes())
+        old, new = Path(source, name), Path(folder, name)
+        new.unlink(missing_ok=True)
+        if old.exists():
+            shutil.copyfile(old, new)
 
 
-def batches(windows: list[Window], size: int, epoch: int, seed: int) -> list[list[int]]:
+def batches(windows, size, epoch, seed):
     """One epoch's batches of window indices, of similar length: sorted in chunks of 50 batches."""
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(windows)))
     rng.shuffle(order)
     result = []
-    for low in range(0, len(order), 50 * size):
-        chunk = by_length(windows, order[low:low + 50 * size])
-        result += split(chunk, size)
+    for chunk in split(order, 50 * size):
+        result += split(sorted(chunk, key=lambda i: len(windows[i].ids)), size)
     rng.shuffle(result)
     return result
 
 
-def by_length(windows: list[Window], indices: list[int]) -> list[int]:
-    return sorted(indices, key=lambda i: len(windows[i].ids))
-
-
-def split(items: list, size: int) -> list[list]:
+def split(items, size):
     """The items in lists of `size`; the last may be shorter."""
     return [items[low:low + size] for low in range(0, len(items), size)]
 
 
-def collate(windows: list[Window], pad: int, device: torch.device
-            ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def collate(windows, pad, device
+            ):
     """The model's inputs (input_ids, attention_mask, token_type_ids), (B, T) each; targets (N,)."""
-    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)
-    length = torch.tensor([len(w.ids) for w in windows])                               # (B,)
-    first = torch.tensor([w.first for w in windows])                                   # (B,)
+    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)   # (B, T)
+    length = torch.tensor([[len(w.ids)] for w in windows])                             # (B, 1)
+    first = torch.tensor([[w.first] for w in windows])                                 # (B, 1)
     position = torch.arange(ids.shape[1])                                              # (T,)
-    mask = (position < length[:, None]).long()                                         # (B, T)
-    segments = (position >= first[:, None]).long() * mask                              # (B, T)
+    mask = (position < length).long()                                                  # (B, T)
+    segments = (position >= first).long() * mask                                       # (B, T)
     targets = torch.cat([w.targets for w in windows])
     inputs = tuple(tensor.to(device) for tensor in (ids, mask, segments))
     return inputs, targets.to(device)
 
 
 @torch.inference_mode()
-def run_model(model: nn.Module, windows: list[Window], pad: int, size: int = 32
-              ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor], Tensor]]:
-    """All windows in batches of similar length: their indices, the model's inputs, its logits."""
+def run_model(model, windows, pad,
+              call = None):
+    """The index of every window, in no order, and what the model, or `call`, makes of it.
+
+    Raises ArithmeticError for logits that are no numbers.
+    """
     model.eval()
     device = next(model.parameters()).device
-    order = by_length(windows, range(len(windows)))
-    for indices in split(order[::-1], size):                   # long ones first: memory is reused
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # memory is reused
+    for indices in tqdm(split(order, 32), "evaluate", leave=False, disable=None):
         inputs, _ = collate([windows[i] for i in indices], pad, device)
-        yield indices, inputs, model(*inputs)
+        logits = (call or model)(*inputs).cpu()
+        if not logits.isfinite().all():
+            raise ArithmeticError(f"example {windows[indices[0]].id} or one of its length: the "
+                                  "logits are no numbers")
+        yield from zip(indices, logits)

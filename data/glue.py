@@ -1,0 +1,174 @@
+"""Task classification: read GLUE's tab-separated files, cut sentences into windows, score labels.
+
+    sentence<TAB>label
+    a fine film<TAB>1                  -> [CLS] a fine film [SEP]
+    sentence1<TAB>sentence2<TAB>label  -> [CLS] the first [SEP] the second [SEP]
+
+A header names the columns. There is no quoting: a " is a character. Labels are whatever stands
+there; the model keeps them, sorted, so that what it saves explains itself.
+
+Source: Wang et al., GLUE, 2018 (arXiv 1804.07461), section 3 and its files.
+"""
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data import articles
+from data.text import Window, run_model
+from model import BertForSequenceClassification
+
+MODEL = BertForSequenceClassification
+HEADLINE = "accuracy"                        # the score that counts
+COLUMNS = [                                  # one or two texts, and the label
+    "sentence,label",                                   # SST-2
+    "#1 String,#2 String,Quality",                      # MRPC
+    "question1,question2,is_duplicate",                 # QQP
+    "sentence1,sentence2,gold_label",                   # MNLI
+]
+
+
+@dataclass
+class Sentence:
+    id: str                                  # its row, counted from 0
+    texts: list[str]                         # one, or two
+    label: str | None
+    place: str = field(default="", repr=False)          # file and line, for errors
+
+
+def read(path, columns=None):
+    """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
+
+    Raises ValueError, naming file and line, or OSError.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r", "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); convert it") from None
+    header, *lines = (line.split("\t") for line in text.rstrip("\n").split("\n"))
+    known = [columns] if columns else COLUMNS
+    found = [names.split(",") for names in known if set(names.split(",")) <= set(header)]
+    if not found:
+        raise ValueError(f"{path}: line 1: the columns are {header}, not {' or '.join(known)}; "
+                         "give --columns TEXT,LABEL or TEXT,TEXT2,LABEL")
+    sentences = []
+    unknown = 0
+    for row, line in enumerate(lines):
+        place = f"{path}: line {row + 2}"
+        cells = dict(zip(header, line))
+        *texts, label = (cells.get(name, "").strip() for name in found[0])
+        if not label or not all(texts):
+            raise ValueError(f"{place}: a text or the label is missing; mend or remove the line")
+        if label == "-" and "gold_label" in header:     # MNLI's: people did not agree
+            unknown += 1
+        else:
+            sentences.append(Sentence(str(row), texts, label, place))
+    if unknown:
+        print(f"{path}: {unknown} rows have the label -; left out", file=sys.stderr)
+    if not sentences:
+        raise ValueError(f"{path}: holds no row; is it the right file?")
+    return sentences
+
+
+def generated(split):
+    """Made of the generated corpus as GLUE's QNLI of SQuAD: does a sentence answer a question?"""
+    sentences = []
+    for row, question in enumerate(articles.generated(split)):
+        parts = question.context.removesuffix(".").split(". ")
+        answers = [question.answers[0] in part for part in parts]
+        label = ("no", "yes")[row % 2]
+        texts = [question.text, parts[answers.index(label == "yes")]]
+        sentences.append(Sentence(str(row), texts, label))
+    return sentences
+
+
+def example(text, path):
+    """One text, or two: the second is a file's."""
+    texts = [text]
+    if path:
+        texts.append(Path(path).read_text(encoding="utf-8-sig"))
+    return Sentence("--ask", texts, None)
+
+
+def set_labels(model, sentences):
+    """Ready a model to learn these labels; if it has others, its classifier starts random.
+
+    Raises ValueError if there is one label only.
+    """
+    labels = {sentence.label for sentence in sentences}
+    numbers = all(label.isdecimal() for label in labels)
+    labels = sorted(labels, key=int if numbers else str)
+    if len(labels) == 1:
+        raise ValueError(f"{sentences[0].place}: all labels are {labels[0]}: nothing to learn")
+    known = model.config.labels
+    matches = [index_of(label, known) for label in labels]
+    if model.has_head and len(labels) == len(known) and None not in matches:
+        return
+    print(f"the labels are {labels}, not {known}: the classifier starts random", file=sys.stderr)
+    model.set_labels(labels)
+    model.has_head = False
+
+
+def index_of(label, labels):
+    """The place of a label; 0, 1, ... are places where the labels themselves have other names."""
+    if label in labels:
+        return labels.index(label)
+    named = not any(map(str.isdecimal, labels))
+    if named and label.isdecimal() and int(label) < len(labels):
+        return int(label)
+    return None
+
+
+def make_windows(sentences, tokenizer, settings):
+    """A window for every row; long texts are cut, the longer of two first.
+
+    Raises ValueError for a label that is none of `settings.labels`.
+    """
+    cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
+    windows = []
+    cut = 0
+    for sentence in sentences:
+        target = index_of(sentence.label, settings.labels) if settings.labels else 0
+        if target is None:
+            raise ValueError(f"{sentence.place}: label {sentence.label} is none of the model's, "
+                             f"{settings.labels}; mend or remove the line")
+        codes = tokenizer.encode_batch(sentence.texts, add_special_tokens=False)
+        parts = [code.ids for code in codes]
+        too_many = sum(map(len, parts)) + len(parts) + 1 - settings.max_length
+        cut += too_many > 0
+        for _ in range(too_many):
+            max(parts, key=len).pop()
+        ids = [cls, *parts[0], sep]
+        first = len(ids)                                # behind it all where there is no second
+        for part in parts[1:]:
+            ids += [*part, sep]
+        windows.append(Window(sentence.id, torch.tensor(ids), first, torch.tensor([target])))
+    if cut:
+        print(f"{cut} of {len(sentences)} rows have more than --max-length "
+              f"{settings.max_length} tokens; cut", file=sys.stderr)
+    return windows
+
+
+def predict(model, tokenizer, sentences, settings):
+    """The likeliest label of every row, by id, as the rows spell it."""
+    labels = model.config.labels
+    names = dict(enumerate(labels))
+    names |= {index_of(s.label, labels): s.label for s in sentences if s.label}
+    predictions = {}
+    windows = make_windows(sentences, tokenizer, settings)
+    for i, logits in run_model(model, windows, tokenizer.token_to_id("[PAD]")):
+        predictions[windows[i].id] = names[int(logits.argmax())]
+    return predictions
+
+
+def score(predictions, sentences):
+    """Accuracy in percent, and F1 of the second label where there are two."""
+    pairs = [(predictions.get(sentence.id), sentence.label) for sentence in sentences]
+    right = sum(said == true for said, true in pairs)
+    result = {"accuracy": 100 * right / len(pairs)}
+    labels = sorted({true for _, true in pairs})
+    if len(labels) == 2:
+        found = pairs.count((labels[1], labels[1]))
+        result["f1"] = 200 * found / sum(pair.count(labels[1]) for pair in pairs)
+    return result

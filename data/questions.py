@@ -1,0 +1,127 @@
+"""Task generation: write the question to an answer, word by word; score it by BLEU and ROUGE-L.
+
+    [CLS] answer [SEP] context around the answer      the source, type 0: every token sees it all
+    [SEP] q1 q2 .. qn                                 the target, type 1: predicts q1 q2 .. qn [SEP]
+
+Sources: Dong et al., UniLM, 2019 (arXiv 1905.03197), sections 2.3 and 3.4; Papineni et al., BLEU,
+2002 (ACL P02-1040); Lin, ROUGE, 2004 (ACL W04-1013), section 3.
+"""
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from data import articles
+from data.articles import Question, generated  # noqa: F401 (task.generated)
+from data.text import Window, run_model
+from model import BertForGeneration
+
+MODEL = BertForGeneration
+HEADLINE = "rouge_l"                         # the score that counts
+LONGEST = 32                                 # tokens of a question
+
+
+def read(path, train=False):
+    """The questions that have an answer. Raises ValueError or OSError."""
+    questions = articles.read(path, train=True)
+    answered = [question for question in questions if question.span]
+    if len(answered) < len(questions):
+        print(f"{path}: {len(questions) - len(answered)} questions have no answer; left out",
+              file=sys.stderr)
+    if not answered:
+        raise ValueError(f"{path}: no question has an answer; is it the right file?")
+    return answered
+
+
+def example(text, path):
+    """An answer that stands in a text file. Raises ValueError or OSError."""
+    return articles.example("?", [text], path)
+
+
+def make_windows(questions, tokenizer, settings):
+    """A window for every question; its context is cut around the answer. Raises ValueError."""
+    cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
+    half = (settings.max_length - LONGEST - 3) // 2         # of the room for answer and context
+    if half < 1:
+        raise ValueError(f"--max-length {settings.max_length} has no room beside a question of "
+                         f"{LONGEST} tokens; raise it")
+    windows = []
+    cut = 0
+    for question in questions:
+        begin, end = question.span
+        context = question.context
+        texts = [question.text, context[begin:end], context[:begin], context[end:]]
+        codes = tokenizer.encode_batch(texts, add_special_tokens=False)
+        words, answer, before, behind = (code.ids for code in codes)
+        cut += len(words) > LONGEST or len(answer) > half
+        words = words[:LONGEST]
+        answer = answer[:half]
+        side = half - len(answer)
+        source = [cls, *answer, sep, *before[max(0, len(before) - side):], *answer, *behind[:side]]
+        ids = torch.tensor([*source, sep, *words])
+        windows.append(Window(question.id, ids, len(source), torch.tensor([*words, sep])))
+    if cut:
+        print(f"{cut} questions have more than {LONGEST} tokens, or answers of more than {half}; "
+              "cut", file=sys.stderr)
+    return windows
+
+
+def predict(model, tokenizer, questions, settings):
+    """The likeliest question to every answer, greedily, by id."""
+    pad, sep = map(tokenizer.token_to_id, ("[PAD]", "[SEP]"))
+    sources = []
+    for window in make_windows(questions, tokenizer, settings):
+        sources.append(replace(window, ids=window.ids[:window.first]))
+    write = partial(model.generate, sep=sep, longest=LONGEST)
+    predictions = {}
+    for i, tokens in run_model(model, sources, pad, call=write):
+        tokens = [*tokens.tolist(), sep]
+        predictions[sources[i].id] = tokenizer.decode(tokens[:tokens.index(sep)])
+    return predictions
+
+
+# -------------------------------------------------------------------------------- BLEU and ROUGE-L
+
+
+def score(predictions, questions):
+    """BLEU-4 of all questions together and the mean of ROUGE-L, in percent."""
+    pairs = [(predictions.get(question.id, ""), question.text) for question in questions]
+    marks = [[re.findall(r"\w+|[^\w\s]", text.lower()) for text in pair] for pair in pairs]
+    words = [[re.findall(r"\w+", text.lower()) for text in pair] for pair in pairs]
+    overlap = sum(rouge_l(*pair) for pair in words)
+    return {"bleu": 100 * bleu(marks), "rouge_l": 100 * overlap / len(pairs)}
+
+
+def bleu(pairs):
+    """BLEU-4 of a corpus, one reference each, not smoothed:
+
+    min(1, e^(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4), r and c the words of all references and
+    candidates, p_n the share of the candidates' n-grams that their references have, too.
+    """
+    logs = []
+    for n in range(1, 5):
+        common = sum((grams(c, n) & grams(r, n)).total() for c, r in pairs)
+        total = sum(grams(c, n).total() for c, _ in pairs)
+        if common == 0:
+            return 0.0
+        logs.append(math.log(common / total))
+    c, r = (sum(map(len, texts)) for texts in zip(*pairs))
+    return math.exp(min(0, 1 - r / c) + sum(logs) / 4)
+
+
+def grams(words, n):
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def rouge_l(candidate, reference):
+    """F1 of the longest common subsequence: 2 * LCS / (m + n)."""
+    row = [0] * (len(reference) + 1)             # LCS of what was read of both, up to each word
+    for word in candidate:
+        above = row[:]
+        for j, other in enumerate(reference):
+            row[j + 1] = above[j] + 1 if word == other else max(above[j + 1], row[j])
+    return 2 * row[-1] / max(1, len(candidate) + len(reference))
