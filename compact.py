@@ -236,14 +236,15 @@ def main(argv=None):
     choice.add_argument("target", nargs="?", help="folder to write the compact model to")
     choice.add_argument("--expand", metavar="FOLDER", help="write it in the dense shapes, to there")
     choice.add_argument("--compare", metavar="FOLDER", help="size and speed of a smaller model")
-    choice.add_argument("--ask", metavar="QUESTION", help="answer from the text in --context")
+    choice.add_argument("--ask", metavar="TEXT", help="a question, or what else the model answers")
     parser.add_argument("--context", metavar="FILE", help="a text file")
     parser.add_argument("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
     parser.add_argument("--columns", help="of a table, as train.py's")
     with data.one_line_errors():
         args = parser.parse_args(argv)
         model, tokenizer, task = data.open_model(args.model)
-        settings = data.settings_of(model)
+        length = min(384, model.config.max_position_embeddings)
+        settings = data.text.Settings(length, length // 3)
         if args.ask:
             example = task.example(args.ask, args.context)
             print(task.predict(model, tokenizer, [example], settings)["--ask"])

@@ -9,7 +9,8 @@ Every layer may have its own number of heads and FFN dimensions: that is what bl
     model.save_pretrained("out/mine")                                        # transformers opens it
 
 Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswani et al., Attention
-Is All You Need, 2017 (arXiv 1706.03762), section 3.2.
+Is All You Need, 2017 (arXiv 1706.03762), section 3.2; Dong et al., UniLM, 2019 (arXiv 1905.03197),
+section 2.3, for generation.
 
 Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions.
 """
@@ -29,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A layer whose heads are all deleted has matrices of size 0: there is nothing to initialise.
-warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+warnings.filterwarnings("ignore", message="Initializing zero-element")    # of layers without heads
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -45,15 +45,13 @@ USUAL = {                          # what config.json may not say otherwise
     "tie_word_embeddings": True,
     "pruned_heads": {},
 }
-PADDING = -1e4                     # the logit of padding: probability 0, and still a finite number
 
 
 @dataclass
 class BertConfig:
     """The fields of Hugging Face's config.json that shape the computation, with BERT-base's values.
 
-    heads_per_layer, ffn_per_layer  what is left in each layer of a compact model
-    labels                          a classifier's classes by name: id2label in the file
+    The last three are what is left in each layer of a compact model, and a classifier's id2label.
     """
 
     vocab_size: int = 30522
@@ -76,15 +74,13 @@ class BertConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {[*ACTIVATIONS]}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
-                             f"num_attention_heads {self.num_attention_heads}")
+            raise ValueError(f"{self.num_attention_heads} heads don't fit {self.hidden_size}")
         if not 0 < self.num_hidden_layers <= 1000:
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; BERT-base has 12")
         self.head_size = self.hidden_size // self.num_attention_heads                   # D
-        if self.heads_per_layer is None:
-            self.heads_per_layer = [self.num_attention_heads] * self.num_hidden_layers
-        if self.ffn_per_layer is None:
-            self.ffn_per_layer = [self.intermediate_size] * self.num_hidden_layers
+        layers = self.num_hidden_layers
+        self.heads_per_layer = self.heads_per_layer or [self.num_attention_heads] * layers
+        self.ffn_per_layer = self.ffn_per_layer or [self.intermediate_size] * layers
 
     @classmethod
     def read(cls, path):
@@ -96,16 +92,12 @@ class BertConfig:
             if values.get(name) not in (None, usual):
                 raise ValueError(f"{path}: {name} {values[name]} is not supported, only {usual}")
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        names = values.get("id2label")
+        names = values.get("id2label") or {}
         try:
-            if names:
-                known["labels"] = [str(names[str(i)]) for i in range(len(names))]
-            return cls(**known)
+            labels = [str(names[str(i)]) for i in range(len(names))]
+            return cls(**known, labels=labels)
         except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}; mend it or get it again") from None
-
-
-# ---------------------------------------------------------------------------------------- the model
 
 
 class Embeddings(nn.Module):
@@ -119,8 +111,7 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, token_type_ids,
-                position = None):
+    def forward(self, input_ids, token_type_ids, position=None):                         # (B, T)
         if position is None:
             position = torch.arange(input_ids.shape[1], device=input_ids.device)          # (T,)
         x = self.word(input_ids) + self.position(position) + self.segment(token_type_ids)
@@ -142,10 +133,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, mask, earlier=None):
-        """x (B, T, C); mask (B, 1, 1 or T, T), true where a token sees another.
-
-        earlier: in generation, keys and values of the tokens before these; theirs are added.
-        """
+        """x (B, T, C); mask (B, 1, 1 or T, T): who sees whom; earlier: see `generate`."""
         if self.heads == 0:
             return self.output.bias.expand_as(x)                                    # a constant
         q = self.split(self.query(x))                                               # (B, H, T, D)
@@ -199,17 +187,16 @@ class Bert(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.config = config
+        self.config = replace(config, labels=None)
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
         self.layers = nn.ModuleList(Layer(config, heads, dimensions) for heads, dimensions in sizes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None=None,
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> Tensor:
-        """The logits that `output` describes. The inputs are (B, T):
+        """The logits that `output` describes. The inputs are (B, T).
 
-        attention_mask  1 for tokens, 0 for padding behind them; None: all are tokens
-        token_type_ids  0 for the first segment and padding, 1 for the second; None: all 0
+        attention_mask: 1 for tokens, 0 for padding; token_type_ids: 1 for the second segment.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -243,15 +230,14 @@ class Bert(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Bert:
         """Open a dense, pruned or compact model, in eval mode.
 
-        Output layers that the checkpoint lacks start random, are said on standard error, and make
-        `model.has_head` false. Raises ValueError or OSError, naming the file and the weight that
-        is missing, misshapen or no number.
+        Output layers that the checkpoint lacks start random: that is said, and `has_head` false.
+        Raises ValueError or OSError, naming file and weight, if one is missing or no number.
         """
         path = Path(folder) / "config.json"
         config = BertConfig.read(path)
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-        if config.labels is None and "classifier.bias" in tensors:
+        if not config.labels and "classifier.bias" in tensors:
             config.labels = [f"LABEL_{i}" for i in range(len(tensors["classifier.bias"]))]
         try:
             with torch.device("meta"):                       # shapes only: no memory until checked
@@ -282,8 +268,7 @@ class Bert(nn.Module):
         values = {"architectures": [self.ARCHITECTURE], "model_type": "bert", **asdict(self.config)}
         if self.config == replace(self.config, heads_per_layer=None, ffn_per_layer=None):
             del values["heads_per_layer"], values["ffn_per_layer"]
-        labels = values.pop("labels")
-        if labels:
+        if labels := values.pop("labels"):
             values["id2label"] = dict(enumerate(labels))
             values["label2id"] = {label: i for i, label in enumerate(labels)}
         save_json(Path(folder) / "config.json", values)
@@ -295,17 +280,14 @@ class BertForQuestionAnswering(Bert):
     ARCHITECTURE = "BertForQuestionAnswering"                  # in config.json
 
     def __init__(self, config: BertConfig):
-        super().__init__(replace(config, labels=None))
+        super().__init__(config)
         self.span = nn.Linear(config.hidden_size, 2)
         self.apply(self.initialise)
 
     def output(self, x, attention_mask, token_type_ids):
-        """Start and end logits, (B, 2, T): of each window first its start's row, then its end's.
-
-        Padding gets -1e4.
-        """
+        """Start and end logits, (B, 2, T), start first; padding gets -1e4, which is finite."""
         logits = self.span(x).transpose(1, 2)                                            # (B, 2, T)
-        return logits.masked_fill(attention_mask[:, None] == 0, PADDING)
+        return logits.masked_fill(attention_mask[:, None] == 0, -1e4)
 
 
 class BertForSequenceClassification(Bert):
@@ -314,10 +296,10 @@ class BertForSequenceClassification(Bert):
     ARCHITECTURE = "BertForSequenceClassification"
 
     def __init__(self, config: BertConfig):
-        super().__init__(replace(config, labels=config.labels or ["LABEL_0", "LABEL_1"]))
+        super().__init__(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.set_labels(self.config.labels)
+        self.set_labels(config.labels or ["LABEL_0", "LABEL_1"])
         self.apply(self.initialise)
 
     def set_labels(self, labels: list[str]):
@@ -333,15 +315,12 @@ class BertForSequenceClassification(Bert):
 
 
 class BertForGeneration(Bert):
-    """BERT that reads a source and writes a target, token by token; weights of BertForMaskedLM.
-
-    The source has type 0, the target type 1. Source: UniLM, 2019 (arXiv 1905.03197), section 2.3.
-    """
+    """BERT that reads a source (type 0) and writes a target (type 1); BertForMaskedLM's weights."""
 
     ARCHITECTURE = "BertForMaskedLM"
 
     def __init__(self, config: BertConfig):
-        super().__init__(replace(config, labels=None))
+        super().__init__(config)
         self.vocabulary = Vocabulary(config)
         self.apply(self.initialise)
 
@@ -357,11 +336,10 @@ class BertForGeneration(Bert):
         return self.vocabulary(x[token_type_ids == 1], self.embeddings.word.weight)
 
     @torch.inference_mode()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor,
-                 sep: int, longest: int) -> Tensor:
+    def generate(self, input_ids, attention_mask, token_type_ids, sep, longest):
         """The likeliest target, token by token: (B, n), n <= longest; behind a `sep` all is void.
 
-        The source (B, T) is read once: every token reads the keys and values of earlier ones.
+        The source (B, T) is read once: `earlier` keeps the keys and values of each layer.
         """
         earlier = [[] for _ in self.layers]
         mask = super().mask(attention_mask, token_type_ids)
@@ -375,7 +353,7 @@ class BertForGeneration(Bert):
             mask = super().mask(attention_mask, ones)                              # (B, 1, 1, T)
             x = self.encode(tokens[-1], mask, ones, position, earlier)                   # (B, 1, C)
             tokens.append(self.vocabulary(x, self.embeddings.word.weight).argmax(-1))
-            position = position + 1
+            position += 1
             ended |= tokens[-1] == sep
         return torch.cat(tokens[1:], 1)
 
@@ -395,8 +373,7 @@ class Vocabulary(nn.Module):
         return F.linear(x, words, self.bias)                                   # (..., V)
 
 
-# -------------------------------------------------------------------- names: ours -> Hugging Face's
-
+# Names: ours -> Hugging Face's; # is the number of a layer.
 NAMES = {
     "embeddings.word": "bert.embeddings.word_embeddings",
     "embeddings.position": "bert.embeddings.position_embeddings",
@@ -430,12 +407,7 @@ def canonical_name(theirs):
     """Old, short and wrapped spellings of a Hugging Face name -> the one in the table above."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", theirs)
     name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        return "bert." + name
-    return name
-
-
-# -------------------------------------------------------------------------------------------- files
+    return re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\g<0>", name)
 
 
 def read_json(path):
@@ -468,8 +440,7 @@ def whole_file(path):
 
 def save_json(path, value):
     with whole_file(path) as file:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        file.write(f"{text}\n".encode())
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_weights(folder):
@@ -507,8 +478,7 @@ def read_torch(path):
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:                               # a damaged file raises anything
-        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}): damaged, or a whole "
-                         "model where its state_dict should be") from None
+        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); save a state_dict") from None
 
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
@@ -550,7 +520,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor | str]:
                 if list(tensors[name].shape) != entry["shape"]:
                     raise ValueError(f"{name!r} has no such shape")
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path}: not whole, or no safetensors file ({type(error).__name__}: "
+            raise ValueError(f"{path}: cut, or no safetensors file ({type(error).__name__}: "
                              f"{str(error)[:200]}); get it again") from None
     if position != size:
         raise ValueError(f"{path}: {size - position} bytes too many; get it again")

@@ -255,34 +255,40 @@ def test_the_other_heads_are_those_of_transformers(tmp_path):
         assert seen[b, 0, i, j] == bool(mask[b, j] and before), (b, i, j)
 
 
-def test_transformers_opens_the_other_heads(tmp_path):
-    """Both ways, the tied matrix stored once; after compaction, too."""
+def test_transformers_opens_what_is_saved(tmp_path):
+    """And we what it saves: all heads, pruned models and compact ones that are expanded."""
     transformers = needs("transformers")
     ids, mask, segments = padded_inputs()
-    for kind, change in ((BertForSequenceClassification, {"labels": ["b", "a", "c"]}),
-                         (BertForGeneration, {})):
-        model = random_model(kind=kind, **change)
+    for kind, labels in ((BertForQuestionAnswering, None), (BertForGeneration, None),
+                         (BertForSequenceClassification, ["b", "a", "c"])):
+        model = random_model(kind=kind, labels=labels)
         prune.BlockGroup(model, "12x12", *ATTENTION).keep(0.1)
+        prune.BlockGroup(model, "1xall", *FFN).keep(0.2)
         prune.bake(model)
         small = compact.compact(model)
         assert sum(small.config.heads_per_layer) < 12
         compact.largest_difference(model, small, [(ids, mask, segments)])
-        compact.expand(small).save_pretrained(tmp_path / "ours")
-        theirs = getattr(transformers, kind.ARCHITECTURE).from_pretrained(tmp_path / "ours").eval()
-        theirs.save_pretrained(tmp_path / "theirs")
-        again = opened(tmp_path / "theirs", kind)
-        assert again.has_head and again.config.labels == model.config.labels
-        with torch.inference_mode():
-            expected = model(ids, mask, segments)
+        for ours in (model, compact.expand(small)):
+            ours.save_pretrained(tmp_path)
+            theirs = getattr(transformers, kind.ARCHITECTURE).from_pretrained(tmp_path).eval()
+            theirs.save_pretrained(tmp_path / "theirs")
+            again = opened(tmp_path / "theirs", kind)
+            assert again.has_head and again.config.labels == labels
+            seen = mask
             if kind is BertForGeneration:
-                hidden = ~model.mask(mask, segments) * -1e30
-                logits = theirs(input_ids=ids, attention_mask=hidden, token_type_ids=segments)
-                logits = logits.logits[segments == 1]
-            else:
-                assert theirs.config.id2label == {0: "b", 1: "a", 2: "c"}
-                logits = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
-            assert (again(ids, mask, segments) - expected).abs().max() < 1e-4
-        assert (logits - expected).abs().max() < 1e-4
+                seen = ~model.mask(mask, segments) * -1e30
+            with torch.inference_mode():
+                out = theirs(input_ids=ids, attention_mask=seen, token_type_ids=segments)
+                if kind is BertForQuestionAnswering:
+                    logits = torch.stack([out.start_logits, out.end_logits], 1)
+                    logits = logits.masked_fill(mask[:, None] == 0, -1e4)
+                elif kind is BertForGeneration:
+                    logits = out.logits[segments == 1]
+                else:
+                    logits = out.logits
+                    assert theirs.config.id2label == {0: "b", 1: "a", 2: "c"}
+                assert (again(ids, mask, segments) - logits).abs().max() < 1e-4
+                assert (model(ids, mask, segments) - logits).abs().max() < 1e-4
 
 
 def test_heads_are_judged_one_by_one(tmp_path):
@@ -318,26 +324,6 @@ def check_logits(folder, name):
     real = inputs[1][:, None].bool().expand_as(logits)
     assert (logits - stored)[real].abs().max() < 1e-4 and logits[real].std() > 0.1
     assert (logits[~real] == -1e4).all()
-
-
-def test_transformers_opens_what_is_saved(tmp_path):
-    """Pruned models, and compact ones that are expanded."""
-    transformers = needs("transformers")
-    model = random_model()
-    prune.BlockGroup(model, "12x12", *ATTENTION).keep(0.1)
-    prune.BlockGroup(model, "1xall", *FFN).keep(0.2)
-    prune.bake(model)
-    small = compact.compact(model)
-    assert sum(small.config.heads_per_layer) < 12
-    ids, mask, segments = padded_inputs()
-    for ours in (model, compact.expand(small)):
-        ours.save_pretrained(tmp_path)
-        theirs = transformers.BertForQuestionAnswering.from_pretrained(tmp_path).eval()
-        with torch.inference_mode():
-            out = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments)
-            logits = torch.stack([out.start_logits, out.end_logits], 1)
-            real = mask[:, None].bool().expand_as(logits)
-            assert (logits - model(ids, mask, segments))[real].abs().max() < 1e-4
 
 
 def test_all_spellings_of_a_checkpoint_load(tmp_path):
@@ -1158,50 +1144,50 @@ def test_tables_are_read_as_glue_writes_them(tmp_path):
         assert words in error_of(glue.read, path) and str(path) in error_of(glue.read, path)
 
 
+LABELS = """
+NEGATIVE POSITIVE | 1 0 | NEGATIVE POSITIVE | 10
+LABEL_0 LABEL_1 | 0 1 | LABEL_0 LABEL_1 | 01
+b a | a b | b a | 10
+0 2 | 0 1 | 0 1 | 01
+a b | c b a | a b c | 210
+LABEL_0 LABEL_1 | good bad | bad good | 10
+LABEL_0 LABEL_1 | 2 10 1 | 1 2 10 | 120
+"""
+
+
 def test_labels_are_the_datas_or_the_checkpoints(tmp_path):
-    """(the checkpoint's labels, the data's) -> the model's, and where each label stands."""
-    for known, given, labels, places in (
-            ("NEGATIVE POSITIVE", "1 0", "NEGATIVE POSITIVE", [1, 0]),
-            ("LABEL_0 LABEL_1", "0 1", "LABEL_0 LABEL_1", [0, 1]),
-            ("b a", "a b", "b a", [1, 0]),
-            ("0 2", "0 1", "0 1", [0, 1]),
-            ("a b", "c b a", "a b c", [2, 1, 0]),
-            ("LABEL_0 LABEL_1", "good bad", "bad good", [1, 0]),
-            ("LABEL_0 LABEL_1", "2 10 1", "1 2 10", [1, 2, 0])):
-        model = random_model(kind=BertForSequenceClassification, labels=known.split())
+    """The checkpoint's labels, the data's -> the model's, and where each of the data's stands."""
+    for line in LABELS.strip().splitlines():
+        known, given, labels, places = (cell.split() for cell in line.split(" | "))
+        model = random_model(kind=BertForSequenceClassification, labels=known)
         model.has_head = True
-        weight = model.classifier.weight.clone()
-        rows = [glue.Sentence(str(i), ["x"], label) for i, label in enumerate(given.split())]
+        rows = [glue.Sentence(str(i), ["x"], label) for i, label in enumerate(given)]
+        before = model.classifier
         with contextlib.redirect_stderr(io.StringIO()) as said:
             glue.set_labels(model, rows)
-        assert model.config.labels == labels.split()
-        assert [glue.index_of(row.label, model.config.labels) for row in rows] == places
-        kept = known == labels
-        assert torch.equal(model.classifier.weight, weight) if kept else not model.has_head
-        assert ("starts random" in said.getvalue()) != kept
+        assert model.config.labels == labels
+        assert places == ["".join(str(glue.index_of(label, labels)) for label in given)]
+        assert (model.classifier is before) == (known == labels) == model.has_head
+        assert ("starts random" in said.getvalue()) != model.has_head
         tokenizer = text.load_tokenizer(checkpoint(tmp_path, model))
-        said = glue.predict(model, tokenizer, rows, Settings())
-        assert {*said.values()} <= {*given.split()}               # as the rows spell them
+        said = glue.predict(model, tokenizer, rows, Settings(labels=labels))
+        assert {*said.values()} <= {*given}                            # as the rows spell them
     assert "all labels are x" in error_of(glue.set_labels, model, [glue.Sentence("0", ["a"], "x")])
-    windows = glue.make_windows(rows, tokenizer, Settings(labels=["10", "2", "1"]))
-    assert [w.targets.tolist() for w in windows] == [[1], [0], [2]]
-    message = error_of(glue.make_windows, rows, tokenizer, Settings(labels=["a", "10"]))
-    assert "label 2 is none of" in message
+    assert "label 2 is none of" in error_of(glue.make_windows, rows, tokenizer,
+                                            Settings(labels=["a", "10"]))
 
 
 def test_long_texts_are_cut_evenly(tmp_path):
     tokenizer = text.load_tokenizer(checkpoint(tmp_path))
-    for first, second, expected in ((3, 0, (3, 0)), (30, 0, (18, 0)), (4, 5, (4, 5)),
-                                    (30, 40, (8, 9)), (4, 40, (4, 13)), (40, 4, (13, 4))):
-        texts = ["a " * first] + ["b " * second] * (second > 0)
+    a, b = map(tokenizer.token_to_id, "ab")
+    for first, second, n, m in ((3, 0, 3, 0), (30, 0, 18, 0), (4, 5, 4, 5), (30, 40, 8, 9),
+                                (4, 40, 4, 13), (40, 4, 13, 4)):
+        texts = ["a " * first, "b " * second][:1 + (second > 0)]
         with contextlib.redirect_stderr(io.StringIO()) as said:
             (window,) = glue.make_windows([glue.Sentence("0", texts, "")], tokenizer, Settings(20))
-        ids = window.ids.tolist()
-        assert ("1 of 1 rows" in said.getvalue()) == (first + second > 17)
-        a, b = tokenizer.token_to_id("a"), tokenizer.token_to_id("b")
-        assert (ids.count(a), ids.count(b)) in (expected, expected[::-1])
-        assert ids == [2, *[a] * ids.count(a), 3] + [*[b] * ids.count(b), 3] * (second > 0)
-        assert window.first == ids.index(3) + 1
+        assert ("1 of 1 rows" in said.getvalue()) == (first + second > n + m)
+        assert window.ids.tolist() == [2, *[a] * n, 3, *[b] * m, 3][:n + m + 2 + (m > 0)]
+        assert window.first == n + 2
 
 
 def test_accuracy_and_f1():
@@ -1348,13 +1334,12 @@ def test_downloads_are_whole_or_absent(tmp_path):
     glue_file(site / "SST-2/dev.tsv", "dev", 3)
     shutil.make_archive(site / "SST-2", "zip", site, "SST-2")
     here = {name: site.as_uri() for name in ("SQUAD", "GLUE", "HUB")}
-    with unittest.mock.patch.multiple(download, **here):
-        status, _, message = program(download.main, "--folder", folder, "--model", "bad")
+    with unittest.mock.patch.multiple(download, DATA=folder, **here):
+        status, _, message = program(download.main, "--model", "bad")
         assert status == 2 and "model.safetensors: " in message and "; try again" in message
         assert not (folder / "bad/model.safetensors").exists()
         for more in ([], ["--glue", "SST-2"]):
-            flags = ["--folder", folder, "--model", "some/bert", *more]
-            assert program(download.main, *flags)[0] == 0
+            assert program(download.main, "--model", "some/bert", *more)[0] == 0
     assert opened(folder / "bert") and articles.read(folder / "dev-v1.1.json")
     assert glue.read(folder / "SST-2/dev.tsv")
     assert (folder / "train-v1.1.json").read_bytes() == (site / "train-v1.1.json").read_bytes()
@@ -1642,29 +1627,38 @@ def results(folder: Path) -> dict:
 
 def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
     """SIGKILL and Ctrl-C at random steps, with all stages and dropout."""
-    flags = [*flags_of(tmp_path), "--dropout", 0.1, "--fill-epochs", 1, "--save-every", 3]
-    assert command("train.py", *flags, "--out", tmp_path / "whole").returncode == 0
-    out = [*flags, "--out", tmp_path / "out"]
-    steps = len(log_of(tmp_path / "whole"))
-    stops = sorted(random.Random(0).sample(range(1, steps), 4))
-    for stop, kind in zip(stops, (signal.SIGKILL, signal.SIGINT) * 2):
-        process = subprocess.Popen([sys.executable, "train.py", *map(str, out), "--resume"],
-                                   cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                   text=True, env=ONE_THREAD)
-        log = tmp_path / "out/log.jsonl"
-        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < stop):
-            time.sleep(0.002)
-        process.send_signal(kind)
-        message = process.communicate()[1]
-        assert process.returncode == (-9 if kind == signal.SIGKILL else 130), message
-        assert not (tmp_path / "out/summary.json").exists()
-    assert "--resume" in message and message.count("\n") == 1
-    check_refusals_of_a_stopped_run(tmp_path, out)
-    assert command("train.py", *out, "--resume").returncode == 0
-    whole, resumed = results(tmp_path / "whole"), results(tmp_path / "out")
-    different = [name for name in whole if whole[name] != resumed[name]]
-    assert not different, different
-    assert not list((tmp_path / "out").rglob("*.partial"))
+    for task, kinds in ((squad, [signal.SIGKILL, signal.SIGINT] * 2), (glue, [signal.SIGKILL]),
+                        (questions, [signal.SIGKILL])):
+        folder = tmp_path / task.HEADLINE
+        folder.mkdir()
+        flags = [*flags_of(folder, task), "--dropout", 0.1, "--fill-epochs", 1, "--save-every", 3]
+        assert command("train.py", *flags, "--out", folder / "whole").returncode == 0
+        out = [*flags, "--out", folder / "out"]
+        steps = len(log_of(folder / "whole"))
+        stops = sorted(random.Random(0).sample(range(steps // 4, steps), len(kinds)))
+        for stop, kind in zip(stops, kinds):
+            stop_run(out, folder / "out", stop, kind)
+        if task is squad:
+            check_refusals_of_a_stopped_run(folder, out)
+        assert command("train.py", *out, "--resume").returncode == 0
+        whole, resumed = results(folder / "whole"), results(folder / "out")
+        different = [name for name in whole if whole[name] != resumed[name]]
+        assert not different, different
+        assert not list((folder / "out").rglob("*.partial"))
+
+
+def stop_run(flags: list, out: Path, step: int, kind: int):
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), "--resume"],
+                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env=ONE_THREAD)
+    log = out / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < step):
+        time.sleep(0.002)
+    process.send_signal(kind)
+    message = process.communicate()[1]
+    assert process.returncode == (-9 if kind == signal.SIGKILL else 130), message
+    assert not (out / "summary.json").exists()
+    assert kind == signal.SIGKILL or "--resume" in message and message.count("\n") == 1
 
 
 def check_refusals_of_a_stopped_run(folder: Path, out: list):

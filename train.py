@@ -248,8 +248,7 @@ def prepare(args):
     """Open and check all that comes from outside, then claim the folder; model and teacher."""
     check(args)
     if WORLD > 1:
-        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(days=1))    # the first evaluates
+        distributed.init_process_group(timeout=timedelta(days=1))             # the first evaluates
     torch.manual_seed(args.seed)
     task = TASKS[args.task or "qa"]
     train = data.read_examples(task, args.train, "train", args.columns)
@@ -340,8 +339,7 @@ class Run:
                     shutil.rmtree(self.out / name, ignore_errors=True)          # an older run's
             self.out.mkdir(parents=True, exist_ok=True)
             summary.unlink(missing_ok=True)
-            log.write_text("")
-        self.log = open(os.devnull if RANK else log, "a", buffering=1)
+        self.log = open(os.devnull if RANK else log, "a" if resumes else "w", buffering=1)
         if not resumes:
             self.save()
 

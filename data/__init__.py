@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from data import glue, pictures, questions, squad  # noqa: F401
-from data.text import Settings, collate, copy_tokenizer, load_tokenizer, split
+from data.text import collate, copy_tokenizer, load_tokenizer, split
 from model import read_json
 
 TASKS = {"qa": squad, "classification": glue, "generation": questions}
@@ -43,14 +43,14 @@ def open_model(folder, task=None, max_length=0):
     model = task.MODEL.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     known = max(tokenizer.get_vocab().values()) + 1
-    size, positions = model.config.vocab_size, model.config.max_position_embeddings
-    if known > size:
-        raise ValueError(f"{folder}: the tokenizer has {known} tokens, the model {size}; "
-                         "take both from the same checkpoint")
-    if max_length > positions:
-        raise ValueError(f"{folder}: the model reads {positions} tokens at most; "
-                         f"lower --max-length {max_length}")
-    if model.config.type_vocab_size < 2:
+    config = model.config
+    if known > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {known} tokens, the model "
+                         f"{config.vocab_size}; take both from the same checkpoint")
+    if max_length > config.max_position_embeddings:
+        raise ValueError(f"{folder}: the model reads {config.max_position_embeddings} tokens at "
+                         f"most; lower --max-length {max_length}")
+    if config.type_vocab_size < 2:
         raise ValueError(f"{folder}: type_vocab_size is 1, so it can't tell two segments apart")
     return model.to(DEVICE), tokenizer, task
 
@@ -95,12 +95,6 @@ def read_predictions(path, examples):
     if missing:
         print(f"{path}: no prediction for {missing} of {len(examples)}", file=sys.stderr)
     return value
-
-
-def settings_of(model):
-    """Windows as a model reads them that nobody gave settings for."""
-    length = min(384, model.config.max_position_embeddings)
-    return Settings(length, length // 3)
 
 
 def sample_inputs(windows, tokenizer):

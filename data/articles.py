@@ -130,11 +130,10 @@ def find_spans(questions, path):
     for question in questions:
         if not question.answers:
             continue
-        text = question.answers[0]
-        begin = question.offset
-        end = end_of(question.context, text, begin)
-        if end is None and question.context.count(text) == 1:
-            begin = question.context.index(text)
+        text, context, begin = question.answers[0], question.context, question.offset
+        end = end_of(context, text, begin)
+        if end is None and context.count(text) == 1:
+            begin = context.index(text)
             end = begin + len(text)
             mended += 1
         if end is None:

@@ -52,20 +52,19 @@ def main(argv=None):
     add("--version", default="1.1", choices=("1.1", "2.0"), help="SQuAD's (default: 1.1)")
     add("--glue", help="instead of SQuAD: SST-2, QQP or MNLI")
     add("--model", default="bert-base-uncased", help="default: bert-base-uncased")
-    add("--folder", type=Path, default=DATA, help="where to put the files (default: data)")
     args = parser.parse_args(argv)
     socket.setdefaulttimeout(60)
     for name in CHECKPOINT:
-        folder = args.folder / args.model.rpartition("/")[2]
+        folder = DATA / args.model.rpartition("/")[2]
         fetch(f"{HUB}/{args.model}/resolve/main/{name}", folder / name)
     if args.glue:
-        path = args.folder / f"{args.glue}.zip"
+        path = DATA / f"{args.glue}.zip"
         fetch(f"{GLUE}/{path.name}", path)
-        shutil.unpack_archive(path, args.folder)
+        shutil.unpack_archive(path, DATA)
         return
     for split in ("train", "dev"):
         name = f"{split}-v{args.version}.json"
-        fetch(f"{SQUAD}/{name}", args.folder / name)
+        fetch(f"{SQUAD}/{name}", DATA / name)
 
 
 if __name__ == "__main__":

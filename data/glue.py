@@ -153,8 +153,8 @@ def make_windows(sentences, tokenizer, settings):
 def predict(model, tokenizer, sentences, settings):
     """The likeliest label of every row, by id, as the rows spell it."""
     labels = model.config.labels
-    names = dict(enumerate(labels))
-    names |= {index_of(s.label, labels): s.label for s in sentences if s.label}
+    spelled = {index_of(s.label, labels): s.label for s in sentences if s.label}
+    names = {**dict(enumerate(labels)), **spelled}
     predictions = {}
     windows = make_windows(sentences, tokenizer, settings)
     for i, logits in run_model(model, windows, tokenizer.token_to_id("[PAD]")):

@@ -90,10 +90,14 @@ def predict(model, tokenizer, questions, settings):
 def score(predictions, questions):
     """BLEU-4 of all questions together and the mean of ROUGE-L, in percent."""
     pairs = [(predictions.get(question.id, ""), question.text) for question in questions]
-    marks = [[re.findall(r"\w+|[^\w\s]", text.lower()) for text in pair] for pair in pairs]
-    words = [[re.findall(r"\w+", text.lower()) for text in pair] for pair in pairs]
+    words = split(pairs, r"\w+")
+    words_and_marks = split(pairs, r"\w+|[^\w\s]")
     overlap = sum(rouge_l(*pair) for pair in words)
-    return {"bleu": 100 * bleu(marks), "rouge_l": 100 * overlap / len(pairs)}
+    return {"bleu": 100 * bleu(words_and_marks), "rouge_l": 100 * overlap / len(pairs)}
+
+
+def split(pairs, pattern):
+    return [[re.findall(pattern, text.lower()) for text in pair] for pair in pairs]
 
 
 def bleu(pairs):

@@ -22,6 +22,11 @@ from tqdm import tqdm
 from model import read_json
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+NORMALIZER = {                               # the library's names: tokenizer_config.json's
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+}
 TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -76,13 +81,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def apply_settings(tokenizer, settings, path):
     """What tokenizer_config.json says counts, also against tokenizer.json, as in transformers."""
     normal = json.loads(tokenizer.to_str())["normalizer"] or {}
-    if normal.get("type") == "BertNormalizer":
-        tokenizer.normalizer = BertNormalizer(
-            lowercase=settings.get("do_lower_case", normal["lowercase"]),
-            strip_accents=settings.get("strip_accents", normal["strip_accents"]),
-            handle_chinese_chars=settings.get("tokenize_chinese_chars",
-                                              normal["handle_chinese_chars"]),
-        )
+    if normal.pop("type", None) == "BertNormalizer":
+        for name, theirs in NORMALIZER.items():
+            normal[name] = settings.get(theirs, normal[name])
+        tokenizer.normalizer = BertNormalizer(**normal)
     if path.name != "vocab.txt":
         return
     words = [token for token in tokenizer.get_vocab() if token[:1] != "["]
