@@ -478,7 +478,7 @@ def read_torch(path):
     try:
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:                               # a damaged file raises anything
-        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); save a state_dict") from None
+        raise ValueError(f"{path}: no plain tensors ({type(error).__name__}); damaged?") from None
 
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
