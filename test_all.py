@@ -115,6 +115,7 @@ def difference(a, b, inputs=None) -> float:
 
 def stderr():
     """A context that keeps what is said on standard error."""
+    text.note.cache_clear()
     return contextlib.redirect_stderr(io.StringIO())
 
 
@@ -162,6 +163,7 @@ TINY = ["--dense-epochs", 1, "--epochs", 3, "--lr", 1e-3, "--batch-size", 4, "--
 
 def flags_of(folder, task=squad):
     """A tiny run's flags, its model and its data."""
+    folder.mkdir(exist_ok=True)
     (name,) = (name for name, other in data.TASKS.items() if other is task)
     files = [squad_file(folder / "train.json", "train", 12),
              squad_file(folder / "dev.json", "dev", 4)]
@@ -1121,10 +1123,11 @@ MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\the ran\tshe ran\
 MNLI = ("index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n1\tc\td\t-\n"
         "2\te\tf\tentailment\n")
 BROKEN_GLUE = r"""
-sentence\tlabel\na\t1\nb | line 3: a text or the label is missing
-sentence\tlabel\na\t1\n\t0 | line 3: a text or the label is missing
-sentence\tlabel\na\t1\n\nb\t0 | line 3: a text or the label is missing
-sentence\tlabel\na\t | line 2: a text or the label is missing
+sentence\tlabel\na\t1\nb | line 3: a text or the label is empty
+sentence\tlabel\na\t1\n\t0 | line 3: a text or the label is empty
+sentence\tlabel\na\t1\n\nb\t0 | line 3: a text or the label is empty
+sentence\tlabel\na\t1\nb\tc\t0 | line 3: a text or the label is empty
+sentence\tlabel\na\t | line 2: a text or the label is empty
 sentence\tscore\na\t1 | line 1: the columns are ['sentence', 'score']
 sentence\tlabel\n | holds no row
 a film\t1 | line 1: the columns are
@@ -1145,6 +1148,10 @@ def test_tables_are_read_as_glue_writes_them(tmp_path):
     assert [row.id for row in rows] == ["0", "2"]                       # rows of the file
     path.write_text("a,b\tc d\tgood?\nx\ty\t-\n")
     assert glue.read(path, "c d,good?")[0].label == "-"
+    for columns in ("good?", "c d,good?,c d,good?"):
+        assert "give --columns" in error_of(glue.read, path, columns)
+    path.write_text("index\tquestion\tsentence\tlabel\n0\ta\tb\tc\n")
+    assert glue.read(path)[0].texts == ["a", "b"]                       # QNLI, not SST-2
     for raw, words in rows_of(BROKEN_GLUE):
         path.write_bytes(raw.encode().decode("unicode_escape").encode(errors="surrogatepass"))
         assert words in error_of(glue.read, path) and str(path) in error_of(glue.read, path)
@@ -1200,7 +1207,11 @@ def test_accuracy_and_f1():
     rows = [glue.Sentence(str(i), [""], label) for i, label in enumerate("0011101")]
     said = dict(zip("012345", "010110"))                            # the last one is missing
     assert glue.score(said, rows) == {"accuracy": 400 / 7, "f1": 400 / 7}    # 2 of 3 said, of 4
-    rows[0].label = "2"
+    for row in rows:
+        row.label = row.label.replace("0", "2").replace("1", "10")           # 10 is the second
+    said = {id_: label.replace("0", "2").replace("1", "10") for id_, label in said.items()}
+    assert glue.score(said, rows)["f1"] == 400 / 7
+    rows[0].label = "3"
     assert glue.score(said, rows).keys() == {"accuracy"}
 
 
@@ -1423,7 +1434,6 @@ def test_every_task_runs_to_its_end(tmp_path):
     """Training with a teacher, deletion, filling, layers, every way to open what is saved."""
     for task, names in ((glue, "accuracy f1"), (questions, "bleu rouge_l")):
         folder = tmp_path / names
-        folder.mkdir()
         flags = flags_of(folder, task)
         summary = run_train(folder, "--fill-epochs", 1, task=task)
         dev = ["--dev", flags[-1]]
@@ -1627,7 +1637,6 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
     for task, kinds in ((squad, [signal.SIGKILL, signal.SIGINT] * 2), (glue, [signal.SIGKILL]),
                         (questions, [signal.SIGKILL])):
         folder = tmp_path / task.HEADLINE
-        folder.mkdir()
         flags = [*flags_of(folder, task), "--dropout", 0.1, "--fill-epochs", 1, "--save-every", 3]
         assert command("train.py", *flags, "--out", folder / "whole").returncode == 0
         out = [*flags, "--out", folder / "out"]
@@ -1719,6 +1728,12 @@ BAD_TRAIN = """
 {real} --out {folder} --teacher {folder}/x/../dense | another --out
 {real} --out {dev} | dev.json: File exists; check the path
 --eval {folder}/predictions.json --dev {dev} | predictions.json: not predictions
+{glue} --dev {folder}/new.tsv | new.tsv: line 2: label maybe is none of the model's
+{glue} --train {folder}/one.tsv | one.tsv: line 2: all labels are yes
+{glue} --columns a,b | give --columns
+{glue} --teacher {folder}/other --dense-epochs 0 | cannot teach
+{glue} --max-length 7 | 7 is not 8
+--task generation {real} --max-length 30 | has no room beside a question
 --eval {folder}/nowhere --dev {dev} | nowhere: No such file
 --eval {folder}/huge --dev {dev} --max-length 100 --stride 20 | the logits are no numbers
 --eval {folder}/panics --dev {dev} | tokenizer.json: no readable tokenizer
@@ -1739,6 +1754,10 @@ BAD_COMPACT = """
 def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     folder = tmp_path
     real = " ".join(map(str, [*flags_of(folder), "--out", folder / "out"]))
+    tables = " ".join(map(str, [*flags_of(folder / "x", glue), "--out", folder / "out"]))
+    for name, label in (("one", "yes"), ("new", "maybe")):
+        (folder / f"{name}.tsv").write_text(f"sentence\tlabel\na\t{label}\n")
+    checkpoint(folder / "other", random_model(kind=BertForSequenceClassification, labels="xy"))
     checkpoint(folder / "one", random_model(type_vocab_size=1))
     checkpoint(folder / "larger", random_model(num_hidden_layers=4))
     for name in ("twice", "bare", "huge", "panics"):
@@ -1758,8 +1777,9 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     article = json.loads((folder / "dev.json").read_text())
     article["data"][0]["paragraphs"][0]["qas"][0] |= {"id": "two\nlines", "question": "Who " * 200}
     save_json(folder / "long.json", article)
-    for main, table in ((train.main, BAD_TRAIN), (compact.main, BAD_COMPACT)):
-        for line, words in rows_of(table, folder=folder, dev=folder / "dev.json", real=real):
+    for main, rows in ((train.main, BAD_TRAIN), (compact.main, BAD_COMPACT)):
+        for line, words in rows_of(rows, folder=folder, dev=folder / "dev.json", real=real,
+                                   glue=tables):
             arguments = [word.replace("EMPTY", "") for word in line.split()]
             status, _, message = program(main, *arguments)
             said = message.splitlines()                                # a note may come before

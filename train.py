@@ -255,13 +255,15 @@ def prepare(args):
     model, tokenizer, _ = data.open_model(args.model, task, args.max_length)
     if task is glue:
         glue.set_labels(model, train)
+        model.to(DEVICE)
     args.labels = model.config.labels
     knows = (model.has_head and not args.layers) or args.dense_epochs           # enough to teach
     teacher = None
     if args.teacher:
         teacher, other, _ = data.open_model(args.teacher, task, args.max_length)
-        knows = (teacher.has_head and teacher.config.labels == args.labels
-                 and other.get_vocab() == tokenizer.get_vocab())
+        knows = teacher.has_head and other.get_vocab() == tokenizer.get_vocab()
+        if task is glue:
+            knows = knows and glue.places(train, teacher) == glue.places(train, model)
     if args.distill and not knows:
         raise ValueError(f"{args.teacher or args.model}: cannot teach, without output layer, with "
                          "part of its layers, with other tokens or labels; give --dense-epochs, "
@@ -416,7 +418,7 @@ def evaluate(args):
     """Scores of a saved model's folder, or of a predictions.json."""
     task = TASKS[args.task or "qa"]
     if args.dev is None:
-        print("no --dev: this is the generated corpus", file=sys.stderr)
+        data.text.note("no --dev: this is the generated corpus")
     saved = Path(args.eval).is_dir()
     if saved:
         model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
@@ -476,7 +478,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--teacher", str, None, "folder of the model to distill from (default: the dense one)"),
     ("--distill", SHARE, 0.9, "weight of the teacher in the loss"),
     ("--seed", WHOLE, 0, "seed of all random numbers"),
-    ("--max-length", POSITIVE, 384, "tokens in a window"),
+    ("--max-length", between(8, 1e9, int), 384, "tokens in a window"),
     ("--stride", WHOLE, 128, "tokens by which two windows overlap"),
     ("--max-answer", POSITIVE, 30, "tokens in an answer"),
     ("--null-threshold", float, 0.0, "SQuAD v2.0: no answer where [CLS] wins by more"),

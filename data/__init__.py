@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from data import glue, pictures, questions, squad  # noqa: F401
+from data import glue, pictures, questions, squad, text  # noqa: F401
 from data.text import collate, copy_tokenizer, load_tokenizer, split
 from model import read_json
 
@@ -77,7 +77,7 @@ def save_model(model, folder, source):
     copy_tokenizer(source, folder)
 
 
-def read_examples(task, path, split, columns=None):
+def read_examples(task, path, split, columns):
     """The examples of a file, or of the generated corpus; split: "train" or "dev"."""
     if path is None:
         return task.generated(split)
@@ -89,11 +89,11 @@ def read_examples(task, path, split, columns=None):
 def read_predictions(path, examples):
     """Read a predictions file: an example's id -> text. Raises ValueError or OSError."""
     value = read_json(path)
-    if not all(isinstance(text, str) for text in value.values()):
+    if not all(isinstance(said, str) for said in value.values()):
         raise ValueError(f"{path}: not predictions; they map every example's id to a text")
     missing = sum(example.id not in value for example in examples)
     if missing:
-        print(f"{path}: no prediction for {missing} of {len(examples)}", file=sys.stderr)
+        text.note(f"{path}: no prediction for {missing} of {len(examples)}")
     return value
 
 
@@ -129,8 +129,8 @@ def one_line_errors():
     except OSError as error:
         if error.strerror is None:
             fail(str(error))
-        mend = "make room" if "space" in error.strerror else "check the path"
-        fail(f"{error.filename or 'output'}: {error.strerror}; {mend}")
+        fail(f"{error.filename or 'output'}: {error.strerror}; "
+             f"{'make room' if 'space' in error.strerror else 'check the path'}")
     except (ValueError, ArithmeticError) as error:
         fail(str(error))
 

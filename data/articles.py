@@ -7,13 +7,13 @@
 Sources: Rajpurkar et al., SQuAD, 2016 (arXiv 1606.05250); 2018 (arXiv 1806.03822, version 2.0).
 """
 import re
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import corpus
+from data.text import note
 from model import read_json
 
 FORMAT = "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"  # characters that nobody sees
@@ -39,8 +39,8 @@ def read(path, train=False):
     questions = questions_of(read_json(path), path, train)
     without = sum(not question.answers and not question.v2 for question in questions)
     if without:
-        print(f"{path}: {without} questions have no answer, but are not said to be impossible: "
-              "what is predicted for them counts as wrong", file=sys.stderr)
+        note(f"{path}: {without} questions have no answer, but are not said to be impossible: what "
+             "is predicted for them counts as wrong")
     return questions
 
 
@@ -65,7 +65,7 @@ def questions_of(file, path, train=False):
                     question = read_question(entry, context, path)
                     v2 = v2 or question.v2
                     questions.append(question)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
                          "mend or remove it") from None
     if not questions:
@@ -113,7 +113,8 @@ def example(question, answers, path):
     if not path:
         raise ValueError("--ask needs the text that the answer stands in; give --context FILE")
     context = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    found = Question("--ask", question, context, answers, offset=-1, file=path)
+    found = Question("--ask", question, context, answers, context.find("".join(answers)),
+                     file=path)
     find_spans([found], path)
     return found
 
@@ -145,8 +146,8 @@ def find_spans(questions, path):
                          f"context exactly once, as of question {', '.join(lost[:5])}; mend or "
                          "remove them")
     if mended:
-        print(f"{path}: {mended} answers are not at their offset, but stand in the context once; "
-              "taken from there", file=sys.stderr)
+        note(f"{path}: {mended} answers are not at their offset, but stand in the context once; "
+             "taken from there")
 
 
 def end_of(context, text, begin):

@@ -4,7 +4,7 @@ Every paragraph tells the same few things about several people, so the answer ca
 without the question nor without the paragraph. No person (first and last name), town or dog of the
 development set occurs in training.
 
-    python data/corpus.py dev > dev.json           # to look at
+    python data/corpus.py dev > dev.json           # to look at; or train, or pretrain
 """
 import json
 import random

@@ -5,27 +5,28 @@
     sentence1<TAB>sentence2<TAB>label  -> [CLS] the first [SEP] the second [SEP]
 
 A header names the columns. There is no quoting: a " is a character. Labels are whatever stands
-there; the model keeps them, sorted, so that what it saves explains itself.
+there; a model that learns them keeps them, sorted, so that what it saves explains itself.
 
 Source: Wang et al., GLUE, 2018 (arXiv 1804.07461), section 3 and its files.
 """
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from data import articles
-from data.text import Window, run_model
+from data.text import Window, note, run_model
 from model import BertForSequenceClassification
 
 MODEL = BertForSequenceClassification
 HEADLINE = "accuracy"                        # the score that counts
 COLUMNS = [                                  # one or two texts, and the label
+    "question,sentence,label",                          # QNLI
     "sentence,label",                                   # SST-2
     "#1 String,#2 String,Quality",                      # MRPC
     "question1,question2,is_duplicate",                 # QQP
     "sentence1,sentence2,gold_label",                   # MNLI
+    "sentence1,sentence2,label",                        # RTE
 ]
 
 
@@ -49,7 +50,7 @@ def read(path, columns=None):
     header, *lines = (line.split("\t") for line in text.rstrip("\n").split("\n"))
     known = [columns] if columns else COLUMNS
     found = [names.split(",") for names in known if set(names.split(",")) <= set(header)]
-    if not found:
+    if not found or len(found[0]) not in (2, 3):
         raise ValueError(f"{path}: line 1: the columns are {header}, not {' or '.join(known)}; "
                          "give --columns TEXT,LABEL or TEXT,TEXT2,LABEL")
     sentences = []
@@ -58,14 +59,15 @@ def read(path, columns=None):
         place = f"{path}: line {row + 2}"
         cells = dict(zip(header, line))
         *texts, label = (cells.get(name, "").strip() for name in found[0])
-        if not label or not all(texts):
-            raise ValueError(f"{place}: a text or the label is missing; mend or remove the line")
+        if len(line) != len(header) or not label or not all(texts):
+            raise ValueError(f"{place}: a text or the label is empty, or cells are missing or too "
+                             "many; mend or remove the line")
         if label == "-" and "gold_label" in header:     # MNLI's: people did not agree
             unknown += 1
         else:
             sentences.append(Sentence(str(row), texts, label, place))
     if unknown:
-        print(f"{path}: {unknown} rows have the label -; left out", file=sys.stderr)
+        note(f"{path}: {unknown} rows have the label -; left out")
     if not sentences:
         raise ValueError(f"{path}: holds no row; is it the right file?")
     return sentences
@@ -75,7 +77,7 @@ def generated(split):
     """Made of the generated corpus as GLUE's QNLI of SQuAD: does a sentence answer a question?"""
     sentences = []
     for row, question in enumerate(articles.generated(split)):
-        parts = question.context.removesuffix(".").split(". ")
+        parts = question.context.split(". ")
         answers = [question.answers[0] in part for part in parts]
         label = ("no", "yes")[row % 2]
         texts = [question.text, parts[answers.index(label == "yes")]]
@@ -87,7 +89,7 @@ def example(text, path):
     """One text, or two: the second is a file's."""
     texts = [text]
     if path:
-        texts.append(Path(path).read_text(encoding="utf-8-sig"))
+        texts.append(Path(path).read_text(encoding="utf-8-sig", errors="replace"))
     return Sentence("--ask", texts, None)
 
 
@@ -96,18 +98,27 @@ def set_labels(model, sentences):
 
     Raises ValueError if there is one label only.
     """
-    labels = {sentence.label for sentence in sentences}
-    numbers = all(label.isdecimal() for label in labels)
-    labels = sorted(labels, key=int if numbers else str)
+    labels = labels_of(sentences)
     if len(labels) == 1:
         raise ValueError(f"{sentences[0].place}: all labels are {labels[0]}: nothing to learn")
     known = model.config.labels
-    matches = [index_of(label, known) for label in labels]
-    if model.has_head and len(labels) == len(known) and None not in matches:
+    if model.has_head and len(labels) == len(known) and None not in places(sentences, model):
         return
-    print(f"the labels are {labels}, not {known}: the classifier starts random", file=sys.stderr)
+    if model.has_head:
+        note(f"the labels are {labels}, not {known}: the classifier starts random")
     model.set_labels(labels)
     model.has_head = False
+
+
+def labels_of(sentences):
+    """All labels, sorted: as numbers, if all are some."""
+    labels = {sentence.label for sentence in sentences}
+    return sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
+
+
+def places(sentences, model):
+    """Where the model has the labels of the sentences."""
+    return [index_of(label, model.config.labels) for label in labels_of(sentences)]
 
 
 def index_of(label, labels):
@@ -145,16 +156,16 @@ def make_windows(sentences, tokenizer, settings):
             ids += [*part, sep]
         windows.append(Window(sentence.id, torch.tensor(ids), first, torch.tensor([target])))
     if cut:
-        print(f"{cut} of {len(sentences)} rows have more than --max-length "
-              f"{settings.max_length} tokens; cut", file=sys.stderr)
+        note(f"{cut} of {len(sentences)} rows have more than --max-length {settings.max_length} "
+             "tokens; cut")
     return windows
 
 
 def predict(model, tokenizer, sentences, settings):
     """The likeliest label of every row, by id, as the rows spell it."""
     labels = model.config.labels
-    spelled = {index_of(s.label, labels): s.label for s in sentences if s.label}
-    names = {**dict(enumerate(labels)), **spelled}
+    names = dict(enumerate(labels))
+    names |= {index_of(s.label, labels): s.label for s in sentences if s.label}
     predictions = {}
     windows = make_windows(sentences, tokenizer, settings)
     for i, logits in run_model(model, windows, tokenizer.token_to_id("[PAD]")):
@@ -167,7 +178,7 @@ def score(predictions, sentences):
     pairs = [(predictions.get(sentence.id), sentence.label) for sentence in sentences]
     right = sum(said == true for said, true in pairs)
     result = {"accuracy": 100 * right / len(pairs)}
-    labels = sorted({true for _, true in pairs})
+    labels = labels_of(sentences)
     if len(labels) == 2:
         found = pairs.count((labels[1], labels[1]))
         result["f1"] = 200 * found / sum(pair.count(labels[1]) for pair in pairs)

@@ -52,10 +52,9 @@ def closing_table(summary):
 
 def report(layers, summary):
     """What a run prints at its end."""
-    difference = summary["largest_logit_difference"]
-    speed = speed_line(summary["speedup"], *summary["speedup_quartiles"])
-    return (f"\n{layer_table(layers)}\n\n{closing_table(summary)}\n\n{speed}\n"
-            f"largest difference between pruned and compact logits: {difference:.1e}")
+    return (f"\n{layer_table(layers)}\n\n{closing_table(summary)}\n\n"
+            f"{speed_line(summary['speedup'], *summary['speedup_quartiles'])}\nlargest difference "
+            f"between pruned and compact logits: {summary['largest_logit_difference']:.1e}")
 
 
 def size_list(numbers):
@@ -131,7 +130,7 @@ def point(argument):
     summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
     last = summary.get("filled", summary["compact"])
     headline = summary["headline"]
-    return name, summary["speedup"], last[headline] / summary["dense"][headline]
+    return name, summary["speedup"], last[headline] / (summary["dense"][headline] or 1)
 
 
 if __name__ == "__main__":

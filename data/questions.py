@@ -8,7 +8,6 @@ Sources: Dong et al., UniLM, 2019 (arXiv 1905.03197), sections 2.3 and 3.4; Papi
 """
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -16,9 +15,9 @@ from functools import partial
 import torch
 
 from data import articles
-from data.articles import Question, generated  # noqa: F401 (task.generated)
-from data.text import Window, run_model
-from model import BertForGeneration
+from data.articles import generated  # noqa: F401 (task.generated)
+from data.text import Window, note, run_model
+from model import BertForGeneration, read_json
 
 MODEL = BertForGeneration
 HEADLINE = "rouge_l"                         # the score that counts
@@ -27,11 +26,10 @@ LONGEST = 32                                 # tokens of a question
 
 def read(path, train=False):
     """The questions that have an answer. Raises ValueError or OSError."""
-    questions = articles.read(path, train=True)
+    questions = articles.questions_of(read_json(path), path, train=True)
     answered = [question for question in questions if question.span]
     if len(answered) < len(questions):
-        print(f"{path}: {len(questions) - len(answered)} questions have no answer; left out",
-              file=sys.stderr)
+        note(f"{path}: {len(questions) - len(answered)} questions have no answer; left out")
     if not answered:
         raise ValueError(f"{path}: no question has an answer; is it the right file?")
     return answered
@@ -65,8 +63,8 @@ def make_windows(questions, tokenizer, settings):
         ids = torch.tensor([*source, sep, *words])
         windows.append(Window(question.id, ids, len(source), torch.tensor([*words, sep])))
     if cut:
-        print(f"{cut} questions have more than {LONGEST} tokens, or answers of more than {half}; "
-              "cut", file=sys.stderr)
+        note(f"{cut} of {len(questions)} questions have more than {LONGEST} tokens, or answers of "
+             f"more than {half}; cut")
     return windows
 
 

@@ -14,7 +14,6 @@ Shapes in comments: B batch, T tokens.
 """
 import re
 import string
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ import numpy as np
 import torch
 
 from data import articles
-from data.articles import Question, generated, read  # noqa: F401 (task.read, ...)
-from data.text import Window, run_model
+from data.articles import generated, read  # noqa: F401 (task.read, ...)
+from data.text import Window, note, run_model
 from model import BertForQuestionAnswering
 
 MODEL = BertForQuestionAnswering
@@ -88,8 +87,8 @@ def make_windows(questions, tokenizer, settings):
             windows.append(SpanWindow(question.id, tokens, len(prefix), targets, context,
                                       offsets[part]))
     if long:
-        print(f"{long} answers have more than --max-answer {settings.max_answer} tokens: too long "
-              "to be predicted", file=sys.stderr)
+        note(f"{long} answers have more than --max-answer {settings.max_answer} tokens: too long "
+             "to be predicted")
     return windows
 
 
@@ -100,7 +99,7 @@ def answer_tokens(question, offsets):
     return inside[0], inside[-1]
 
 
-def best_span(logits, window, longest=30):
+def best_span(logits, window, longest):
     """The best span inside the context: score, first and last of its tokens, counted in there.
 
     logits: (2, T); score: start[s] + end[e], where s <= e < s + longest.

@@ -1,6 +1,6 @@
 """Text and tensors, the same for every task: a saved model's tokenizer; windows -> batches.
 
-A task cuts its examples into windows, [CLS] first segment [SEP] second segment [SEP]; from there on
+A task cuts its examples into windows, [CLS] first segment [SEP] second segment; from there on
 nothing in the project needs to know which task it is.
 
 Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -51,6 +52,12 @@ class Window:
     targets: Tensor                          # (n,) one class, token or position each
 
 
+@cache
+def note(message):
+    """Say something on standard error, once."""
+    print(message, file=sys.stderr)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """A checkpoint's WordPiece tokenizer: tokenizer.json, else vocab.txt. Raises ValueError."""
     path = Path(folder) / "tokenizer.json"
@@ -89,8 +96,8 @@ def apply_settings(tokenizer, settings, path):
         return
     words = [token for token in tokenizer.get_vocab() if token[:1] != "["]
     if "do_lower_case" not in settings and any(word != word.lower() for word in words):
-        print(f"{path}: has words with capitals, but all text is lower-cased; if that is wrong, "
-              'say "do_lower_case": false in tokenizer_config.json', file=sys.stderr)
+        note(f"{path}: has words with capitals, but all text is lower-cased; if that is wrong, "
+             'say "do_lower_case": false in tokenizer_config.json')
     added = read_if_there(path.with_name("added_tokens.json"))
     tokenizer.add_tokens(sorted(added, key=added.get))
     for token, number in added.items():
@@ -128,8 +135,7 @@ def split(items, size):
     return [items[low:low + size] for low in range(0, len(items), size)]
 
 
-def collate(windows, pad, device
-            ):
+def collate(windows, pad, device):
     """The model's inputs (input_ids, attention_mask, token_type_ids), (B, T) each; targets (N,)."""
     ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)   # (B, T)
     length = torch.tensor([[len(w.ids)] for w in windows])                             # (B, 1)
@@ -143,11 +149,10 @@ def collate(windows, pad, device
 
 
 @torch.inference_mode()
-def run_model(model, windows, pad,
-              call = None):
+def run_model(model, windows, pad, call=None):
     """The index of every window, in no order, and what the model, or `call`, makes of it.
 
-    Raises ArithmeticError for logits that are no numbers.
+    Raises ArithmeticError for results that are no numbers.
     """
     model.eval()
     device = next(model.parameters()).device
