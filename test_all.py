@@ -1733,7 +1733,7 @@ BAD_TRAIN = """
 {glue} --columns a,b | give --columns
 {glue} --teacher {folder}/other --dense-epochs 0 | cannot teach
 {glue} --max-length 7 | 7 is not 8
---task generation {real} --max-length 30 | has no room beside a question
+{real} --task generation --max-length 30 | has no room beside a question
 --eval {folder}/nowhere --dev {dev} | nowhere: No such file
 --eval {folder}/huge --dev {dev} --max-length 100 --stride 20 | the logits are no numbers
 --eval {folder}/panics --dev {dev} | tokenizer.json: no readable tokenizer
