@@ -10,7 +10,7 @@ the whole answer. The prediction is the best span over all windows of a question
 Sources: Rajpurkar et al., SQuAD, 2016 (arXiv 1606.05250), section 6.1 for the metric; Devlin et
 al., BERT, 2018 (arXiv 1810.04805), section 4.2.
 
-Shapes in comments: B batch, T tokens.
+Shapes in comments: T tokens of a window, n of its part of the context.
 """
 import re
 import string
