@@ -156,7 +156,7 @@ def run_model(model, windows, pad, call=None):
     """
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # memory is reused
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))[::-1]   # reuse memory
     for indices in tqdm(split(order, 32), "evaluate", leave=False, disable=None):
         inputs, _ = collate([windows[i] for i in indices], pad, device)
         logits = (call or model)(*inputs).cpu()
