@@ -325,7 +325,7 @@ class BertForGeneration(Bert):
         self.apply(self.initialise)
 
     def mask(self, attention_mask, token_type_ids):
-        """(B, 1, T, T): all see the source; the target is seen by itself and what follows it."""
+        """(B, 1, T, T): row i sees column j if j is of the source, or j <= i; never padding."""
         T = attention_mask.shape[1]
         before = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()
         source = token_type_ids[:, None, None, :] == 0
@@ -337,9 +337,9 @@ class BertForGeneration(Bert):
 
     @torch.inference_mode()
     def generate(self, input_ids, attention_mask, token_type_ids, sep, longest):
-        """The likeliest target, token by token: (B, n), n <= longest; behind a `sep` all is void.
+        """The likeliest target, (B, n), n <= longest; to be ignored from the first `sep` on.
 
-        The source (B, T) is read once: `earlier` keeps the keys and values of each layer.
+        As in training it starts with a `sep` of its own; `earlier` keeps all keys and values.
         """
         earlier = [[] for _ in self.layers]
         mask = super().mask(attention_mask, token_type_ids)
@@ -415,7 +415,7 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend it or get it again") from None
+        raise ValueError(f"{path}: not JSON ({error}); mend it, or name its --task") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, {{...}}; is it the right file?")
     return value

@@ -1117,11 +1117,11 @@ MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\the ran\tshe ran\
 MNLI = ("index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n1\tc\td\t-\n"
         "2\te\tf\tentailment\n")
 BROKEN_GLUE = r"""
-sentence\tlabel\na\t1\nb | line 3: a text or the label is empty
-sentence\tlabel\na\t1\n\t0 | line 3: a text or the label is empty
-sentence\tlabel\na\t1\n\nb\t0 | line 3: a text or the label is empty
-sentence\tlabel\na\t1\nb\tc\t0 | line 3: a text or the label is empty
-sentence\tlabel\na\t | line 2: a text or the label is empty
+sentence\tlabel\na\t1\nb | line 3: 1 cells of 2
+sentence\tlabel\na\t1\n\t0 | line 3: 2 cells of 2
+sentence\tlabel\na\t1\n\nb\t0 | line 3: 1 cells of 2
+sentence\tlabel\na\t1\nb\tc\t0 | line 3: 3 cells of 2
+sentence\tlabel\na\t | line 2: 2 cells of 2
 sentence\tscore\na\t1 | line 1: the columns are ['sentence', 'score']
 sentence\tlabel\n | holds no row
 a film\t1 | line 1: the columns are
@@ -1171,7 +1171,7 @@ def test_labels_are_the_datas_or_the_checkpoints(tmp_path):
         rows = [glue.Sentence(str(i), ["x"], label) for i, label in enumerate(given)]
         before = model.classifier
         with stderr() as said:
-            glue.set_labels(model, rows)
+            glue.choose_labels(model, rows)
         assert model.config.labels == labels
         assert places == ["".join(str(glue.index_of(label, labels)) for label in given)]
         assert (model.classifier is before) == (known == labels) == model.has_head
@@ -1179,7 +1179,8 @@ def test_labels_are_the_datas_or_the_checkpoints(tmp_path):
         tokenizer = text.load_tokenizer(checkpoint(tmp_path, model))
         said = glue.predict(model, tokenizer, rows, Settings(labels=labels))
         assert {*said.values()} <= {*given}                            # as the rows spell them
-    assert "all labels are x" in error_of(glue.set_labels, model, [glue.Sentence("0", ["a"], "x")])
+    one = [glue.Sentence("0", ["a"], "x")]
+    assert "all labels are x" in error_of(glue.choose_labels, model, one)
     assert "label 2 is none of" in error_of(glue.make_windows, rows, tokenizer,
                                             Settings(labels=["a", "10"]))
 

@@ -41,7 +41,7 @@ from data.text import batches, collate, run_model
 from model import read_torch, save_json, whole_file
 from prune import METHODS, BlockGroup, bake, parameter_groups
 
-TEMPERATURE = 2.0                                                             # of distillation, T
+TEMPERATURE = 2.0                                                             # of distillation
 STAGES = ("dense", "pruned", "compact", "filled")
 # Other defaults for the generated corpus, which is what runs without --model and --train.
 OFFLINE = {
@@ -254,7 +254,7 @@ def prepare(args):
     train = data.read_examples(task, args.train, "train", args.columns)
     model, tokenizer, _ = data.open_model(args.model, task, args.max_length)
     if task is glue:
-        glue.set_labels(model, train)
+        glue.choose_labels(model, train)
         model.to(DEVICE)
     args.labels = model.config.labels
     knows = (model.has_head and not args.layers) or args.dense_epochs           # enough to teach

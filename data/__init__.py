@@ -4,11 +4,14 @@ and errors of one line.
 A task is a module of data/ that has
 
     MODEL, HEADLINE                                          its class, and the score that counts
-    read(path, train), generated(split)       -> examples    each with an `id`
+    read(path, train), generated(split)       -> examples    each with an `id`; glue takes columns
     example(text, path)                       -> an example  to --ask
     make_windows(examples, tokenizer, settings) -> [Window]
     predict(model, tokenizer, examples, settings) -> {id: text}
     score(predictions, examples)              -> {"f1": 74.2, ...}, in percent
+
+What else a task needs is named where it acts: `glue` and `questions` in train.py, for the labels of
+a classifier and the teacher of a generator.
 """
 import argparse
 import os
@@ -93,7 +96,8 @@ def read_predictions(path, examples):
         raise ValueError(f"{path}: not predictions; they map every example's id to a text")
     missing = sum(example.id not in value for example in examples)
     if missing:
-        text.note(f"{path}: no prediction for {missing} of {len(examples)}")
+        text.note(f"{path}: no prediction for {missing} of {len(examples)} "
+                  "examples; if it is another task's, give --task")
     return value
 
 

@@ -35,7 +35,7 @@ class Sentence:
     id: str                                  # its row, counted from 0
     texts: list[str]                         # one, or two
     label: str | None
-    place: str = field(default="", repr=False)          # file and line, for errors
+    place: str = field(default="the generated corpus", repr=False)    # file and line
 
 
 def read(path, columns=None):
@@ -52,7 +52,8 @@ def read(path, columns=None):
     found = [names.split(",") for names in known if set(names.split(",")) <= set(header)]
     if not found or len(found[0]) not in (2, 3):
         raise ValueError(f"{path}: line 1: the columns are {header}, not {' or '.join(known)}; "
-                         "give --columns TEXT,LABEL or TEXT,TEXT2,LABEL")
+                         "give --columns TEXT,LABEL or TEXT,TEXT2,LABEL as the header has them, "
+                         "with tabs between")
     sentences = []
     unknown = 0
     for row, line in enumerate(lines):
@@ -60,8 +61,8 @@ def read(path, columns=None):
         cells = dict(zip(header, line))
         *texts, label = (cells.get(name, "").strip() for name in found[0])
         if len(line) != len(header) or not label or not all(texts):
-            raise ValueError(f"{place}: a text or the label is empty, or cells are missing or too "
-                             "many; mend or remove the line")
+            raise ValueError(f"{place}: {len(line)} cells of {len(header)}, or a text or label is "
+                             "empty; mend or remove the line")
         if label == "-" and "gold_label" in header:     # MNLI's: people did not agree
             unknown += 1
         else:
@@ -93,7 +94,7 @@ def example(text, path):
     return Sentence("--ask", texts, None)
 
 
-def set_labels(model, sentences):
+def choose_labels(model, sentences):
     """Ready a model to learn these labels; if it has others, its classifier starts random.
 
     Raises ValueError if there is one label only.

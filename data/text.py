@@ -1,7 +1,6 @@
 """Text and tensors, the same for every task: a saved model's tokenizer; windows -> batches.
 
-A task cuts its examples into windows, [CLS] first segment [SEP] second segment; from there on
-nothing in the project needs to know which task it is.
+A task cuts its examples into windows: tokens of type 0, the first one [CLS], then tokens of type 1.
 
 Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
 """
@@ -48,7 +47,7 @@ class Window:
 
     id: str                                  # the example's
     ids: Tensor                              # (T,) tokens
-    first: int                               # the position of the second segment's first token
+    first: int                               # where type 1 begins
     targets: Tensor                          # (n,) one class, token or position each
 
 
@@ -159,8 +158,8 @@ def run_model(model, windows, pad, call=None):
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))[::-1]   # reuse memory
     for indices in tqdm(split(order, 32), "evaluate", leave=False, disable=None):
         inputs, _ = collate([windows[i] for i in indices], pad, device)
-        logits = (call or model)(*inputs).cpu()
-        if not logits.isfinite().all():
+        results = (call or model)(*inputs).cpu()
+        if not results.isfinite().all():
             raise ArithmeticError(f"example {windows[indices[0]].id} or one of its length: the "
                                   "logits are no numbers")
-        yield from zip(indices, logits)
+        yield from zip(indices, results)
