@@ -612,14 +612,12 @@ def test_soft_movement_keeps_what_is_above_the_threshold():
 
 def test_optimizer_groups_hold_every_parameter_once():
     model = random_model()
-    group = prune.BlockGroup(model, "1xall", *FFN)
-    found = prune.parameter_groups(model, 1e-3, 1e-2)
-    matrices, vectors, scores = (g["params"] for g in found)
-    assert [g["lr"] for g in found] == [1e-3, 1e-3, 1e-2]
-    assert [g["weight_decay"] > 0 for g in found] == [True, False, False]
-    assert all(p.ndim == 1 for p in vectors) and [*map(id, scores)] == [*map(id, group.scores)]
-    every = map(id, matrices + vectors + scores)
-    assert sorted(every) == sorted(map(id, model.parameters()))
+    prune.BlockGroup(model, "1xall", *FFN)
+    groups = prune.parameter_groups(model, 1e-3, 1e-2)
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-2]
+    assert [group["weight_decay"] > 0 for group in groups] == [True, False, False]
+    every = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, every)) == sorted(map(id, model.parameters()))
 
 
 BAD_MASKS = """
@@ -903,14 +901,10 @@ def test_the_command_line_of_compact(tmp_path):
 # ---------------------------------------------------------------------------------------- data/*.py
 
 
-def dev_questions(n=None):
-    return articles.questions_of(corpus.squad("dev"), "corpus", train=True)[:n]
-
-
 def test_windows_are_those_of_tokenizers(tmp_path):
     """Its own truncation is the reference: overlap `stride`, the question never cut."""
     tokenizer, reference = (text.load_tokenizer(checkpoint(tmp_path)) for _ in range(2))
-    asked = [*dev_questions(40), articles.Question("short", "Who?", "Bilder.", [])]
+    asked = [*articles.generated("dev")[:40], articles.Question("short", "Who?", "Bilder.", [])]
     for length, stride in ((384, 128), (48, 16), (40, 0)):
         reference.enable_truncation(length - 3, stride=stride, strategy="only_second")
         windows = squad.make_windows(asked, tokenizer, Settings(length, stride))
@@ -977,7 +971,7 @@ def test_tokens_are_those_of_transformers(tmp_path):
 
 def test_batches_hold_every_window_once_and_little_padding(tmp_path):
     tokenizer = text.load_tokenizer(checkpoint(tmp_path))
-    windows = squad.make_windows(dev_questions(300), tokenizer, Settings(60, 20))
+    windows = squad.make_windows(articles.generated("dev")[:300], tokenizer, Settings(60, 20))
     first, second, again = (text.batches(windows, 16, epoch, 0) for epoch in (0, 1, 0))
     assert first == again != second and sorted(sum(first, [])) == [*range(len(windows))]
     longest = sum(len(batch) * max(len(windows[i].ids) for i in batch) for batch in first)
@@ -1049,9 +1043,6 @@ def test_no_answer_is_predicted_by_the_null_score(tmp_path):
     question.v2 = False                                           # v1.1 has an answer to everything
     settings = Settings(14, 0, null_threshold=-9.0)
     assert squad.predict(Fixed(whole), tokenizer, [question], settings) == {"q": "Adam"}
-    broken = Fixed({14: [[math.nan] * 5] * 2})
-    assert "no numbers" in error_of(squad.predict, broken, tokenizer, [question], settings,
-                                    kinds=ArithmeticError)
 
 
 def entry(id_="a", question="Which?", answers=(), **more) -> dict:
@@ -1245,7 +1236,6 @@ def test_what_is_generated_is_what_training_would_predict(tmp_path):
     for small in (model, compact.compact(model)):
         said = questions.predict(small, tokenizer, asked, Settings(100))
         windows = questions.make_windows(asked, tokenizer, Settings(100))
-        ended = 0
         for window in windows:
             tokens = []
             while len(tokens) < 32 and tokens[-1:] != [3]:
@@ -1254,7 +1244,6 @@ def test_what_is_generated_is_what_training_would_predict(tmp_path):
                 step = text.Window("", ids, window.first, target)
                 inputs, _ = text.collate([step], 0, torch.device("cpu"))
                 tokens.append(int(small(*inputs)[-1].argmax()))
-            ended += tokens[-1] == 3
             plain = [token for token in tokens if token != 3]
             assert said[window.id] == tokenizer.decode(plain)
     assert len({*said.values()}) > 10
@@ -1271,8 +1260,6 @@ def test_bleu_and_rouge_are_those_of_sacrebleu_and_rouge_score():
     result = questions.score(said, asked)
     assert math.isclose(result["bleu"], stored["bleu"])
     assert math.isclose(result["rouge_l"], sum(stored["rouge_l"]) / len(asked))
-    for question, expected in zip(asked, stored["rouge_l"]):
-        assert math.isclose(questions.score(said, [question])["rouge_l"], expected)
     assert questions.score({}, asked) == {"bleu": 0.0, "rouge_l": 0.0}
 
 
@@ -1325,8 +1312,8 @@ def test_files_that_are_not_squads_are_refused(tmp_path):
 def test_the_generated_corpus_needs_question_and_paragraph():
     names = {}
     for split in ("train", "dev"):
-        asked = articles.questions_of(corpus.squad(split), split, train=True)
-        assert corpus.squad(split) == corpus.squad(split)               # the same at every call
+        asked = articles.generated(split)
+        assert asked == articles.generated(split)                       # the same at every call
         names[split] = {q.answers[0] for q in asked if q.answers[0].istitle()}
         assert all(q.context[slice(*q.span)] == q.answers[0] for q in asked)
         pairs = {(q.context, q.answers[0]) for q in asked}
@@ -1543,7 +1530,6 @@ def test_layers_of_a_checkpoint_are_taken(tmp_path):
     train.take_layers(some, [0, 2])
     del whole.layers[1]
     assert some.config.num_hidden_layers == 2 and difference(some, whole) == 0
-    assert "each once" in error_of(train.take_layers, some, [0, 0])
 
 
 PARALLEL = """
@@ -1667,7 +1653,6 @@ def check_refusals_of_a_stopped_run(folder: Path, out: list):
     for change, words in (
             ([], "give --resume to go on with it, --overwrite"),
             (["--resume", "--density", 0.5], "density 0.25, not 0.5"),
-            (["--resume", "--seed", 1], "seed 0, not 1"),
             (["--resume", "--dev", squad_file(folder / "2.json", "dev", 3)], "of a run with dev")):
         status, _, message = program(train.main, *out, *change)
         assert status == 2 and words in message and message.count("\n") == 1, message
