@@ -236,7 +236,7 @@ def main(argv=None):
     choice.add_argument("target", nargs="?", help="folder to write the compact model to")
     choice.add_argument("--expand", metavar="FOLDER", help="write it in the dense shapes, to there")
     choice.add_argument("--compare", metavar="FOLDER", help="size and speed of a smaller model")
-    choice.add_argument("--ask", metavar="TEXT", help="a question, or what else the model answers")
+    choice.add_argument("--ask", metavar="TEXT", help="a question; a classifier's text; an answer")
     parser.add_argument("--context", metavar="FILE", help="a text file")
     parser.add_argument("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
     parser.add_argument("--columns", help="of a table, as train.py's")

@@ -133,7 +133,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, mask, earlier=None):
-        """x (B, T, C); mask (B, 1, 1 or T, T): who sees whom; earlier: see `generate`."""
+        """x (B, T, C); mask (B, 1, 1 or T, T): who sees whom; earlier: keys and values."""
         if self.heads == 0:
             return self.output.bias.expand_as(x)                                    # a constant
         q = self.split(self.query(x))                                               # (B, H, T, D)
@@ -332,7 +332,7 @@ class BertForGeneration(Bert):
         return super().mask(attention_mask, token_type_ids) & (source | before)
 
     def output(self, x, attention_mask, token_type_ids):
-        """Logits (N, V) of the next token, for all N tokens of the targets, in their order."""
+        """Logits (N, V) of the token behind each of the N tokens of type 1, in their order."""
         return self.vocabulary(x[token_type_ids == 1], self.embeddings.word.weight)
 
     @torch.inference_mode()

@@ -169,7 +169,7 @@ class BlockGroup:
     def keep(self, density: float):
         """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.
 
-        Raises ValueError for a density that makes no sense, ArithmeticError for scores that do.
+        Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
         """
         if self.method == "magnitude":
             self.measure_magnitudes()

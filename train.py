@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 from compact import actual_config, compact, largest_difference, sizes, speedup, survivors
 from data import DEVICE, RANK, TASKS, WORLD, glue, pictures, questions
-from data.text import batches, collate, run_model
+from data.text import batches, collate, note, run_model
 from model import read_torch, save_json, whole_file
 from prune import METHODS, BlockGroup, bake, parameter_groups
 
@@ -190,7 +190,7 @@ def set_learning_rate(optimizer, peak, step, total):
 
 
 def batch_loss(run, model, batch, teacher):
-    """The loss of this process's windows of a batch, counted as their share of its targets."""
+    """The loss of this process's windows, weighted by their share of the batch's targets."""
     counts = [len(run.windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)
     mine = batch[RANK::WORLD] or batch[:1]         # one whose share is 0: DDP waits for everybody
@@ -231,7 +231,7 @@ def add_masks(model, args):
 def update_masks(groups, step, total, args):
     """The masks of this step; what soft movement adds to the loss, or 0."""
     end = min(total - round(args.cooldown * total), total - 1)   # the last step has the final masks
-    start = round(args.warmup * total)
+    start = min(round(args.warmup * total), end)
     penalty = 0.0
     for i, group in enumerate(groups):
         goal = {"density": args.density}
@@ -418,7 +418,7 @@ def evaluate(args):
     """Scores of a saved model's folder, or of a predictions.json."""
     task = TASKS[args.task or "qa"]
     if args.dev is None:
-        data.text.note("no --dev: this is the generated corpus")
+        note("no --dev: this is the generated corpus")
     saved = Path(args.eval).is_dir()
     if saved:
         model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
@@ -443,7 +443,7 @@ def between(low, high, kind=float):
 
 
 def layer_numbers(text):
-    return [int(number) for number in text.split(",")]
+    return list(map(int, text.split(",")))
 
 
 SHARE = between(0, 1)

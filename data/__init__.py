@@ -5,13 +5,13 @@ A task is a module of data/ that has
 
     MODEL, HEADLINE                                          its class, and the score that counts
     read(path, train), generated(split)       -> examples    each with an `id`; glue takes columns
-    example(text, path)                       -> an example  to --ask
+    example(text, path)                       -> an example  with the id "--ask"
     make_windows(examples, tokenizer, settings) -> [Window]
     predict(model, tokenizer, examples, settings) -> {id: text}
     score(predictions, examples)              -> {"f1": 74.2, ...}, in percent
 
-What else a task needs is named where it acts: `glue` and `questions` in train.py, for the labels of
-a classifier and the teacher of a generator.
+The model gives a row of logits for every window. What else a task needs is named where it acts:
+`glue` below and in train.py, for columns and labels; `questions` in train.py, for the teacher.
 """
 import argparse
 import os

@@ -25,7 +25,7 @@ LONGEST = 32                                 # tokens of a question
 
 
 def read(path, train=False):
-    """The questions that have an answer. Raises ValueError or OSError."""
+    """The questions that have an answer; all need its span. Raises ValueError or OSError."""
     questions = articles.questions_of(read_json(path), path, train=True)
     answered = [question for question in questions if question.span]
     if len(answered) < len(questions):
@@ -43,7 +43,7 @@ def example(text, path):
 def make_windows(questions, tokenizer, settings):
     """A window for every question; its context is cut around the answer. Raises ValueError."""
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
-    half = (settings.max_length - LONGEST - 3) // 2         # of the room for answer and context
+    half = (settings.max_length - LONGEST - 3) // 2         # for the answer, twice, and two sides
     if half < 1:
         raise ValueError(f"--max-length {settings.max_length} has no room beside a question of "
                          f"{LONGEST} tokens; raise it")

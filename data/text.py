@@ -32,7 +32,7 @@ TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "
 
 @dataclass
 class Settings:
-    """How a task cuts texts and chooses answers: the command line's flags of these names."""
+    """How a task cuts texts and chooses answers: flags of these names, and a model's labels."""
 
     max_length: int = 384                    # tokens in a window
     stride: int = 128                        # tokens by which two windows overlap
@@ -151,7 +151,7 @@ def collate(windows, pad, device):
 def run_model(model, windows, pad, call=None):
     """The index of every window, in no order, and what the model, or `call`, makes of it.
 
-    Raises ArithmeticError for results that are no numbers.
+    Raises ArithmeticError for logits that are no numbers (the tokens of `call` hide them).
     """
     model.eval()
     device = next(model.parameters()).device
