@@ -27,7 +27,6 @@ Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 """
 import copy
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import perf_counter
 
@@ -45,8 +44,6 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     query, key, value: (C -> H D), output: (H D -> C), all with or without bias; head_size: D.
     """
     check_plain(query, key, value, output)
-    if not query.out_features == key.out_features == value.out_features == output.in_features:
-        raise ValueError("queries share keys and values; delete from multi-head attention only")
     keep = alive(value, output, head_size).repeat_interleave(head_size)                   # (H D,)
     if value.bias is not None:
         fold(output, ~keep, value.bias[~keep])
@@ -58,10 +55,10 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
 
 @torch.no_grad()
 def compact_ffn(first: nn.Linear, second: nn.Linear,
-                activation: Callable[[Tensor], Tensor]) -> int:
-    """Delete the FFN dimensions of one layer that only add a constant, in place; how many are left.
+                activation) -> int:
+    """Delete the FFN dimensions of one layer that only add a constant, in place; returns the rest.
 
-    first: (C -> F), second: (F -> C), both with or without bias.
+    first: (C -> F), second: (F -> C), both with or without bias; activation: tensor -> tensor.
     """
     check_plain(first, second)
     keep = alive(first, second)                                                           # (F,)
@@ -145,8 +142,7 @@ def expand(small: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def largest_difference(model: nn.Module, small: nn.Module,
-                       inputs: Iterable[tuple[Tensor, ...]]) -> float:
+def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> float:
     """Run both models on the same inputs; the largest difference in logits.
 
     Raises ArithmeticError above float32's rounding: 1e-4 * max(1, largest |logit|), where padding,
@@ -154,7 +150,6 @@ def largest_difference(model: nn.Module, small: nn.Module,
     """
     model.eval()
     small.eval()
-    torch.backends.cuda.matmul.allow_tf32 = False
     difference = largest = torch.zeros(())
     for batch in inputs:
         a, b = model(*batch), small(*batch)
@@ -167,39 +162,70 @@ def largest_difference(model: nn.Module, small: nn.Module,
 
 
 @torch.inference_mode()
-def speedup(model: nn.Module, small: nn.Module, batch, rounds: int = 15
-            ) -> tuple[float, float, float]:
-    """How many times faster `small` is: median, lower and upper quartile of `rounds` ratios.
+def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> tuple:
+    """How many times faster `small` is: median, lower and upper quartile of 15 ratios.
 
     Both run in turn on the same batch, so that a busy machine slows both, and shows as spread.
     """
     model.eval()
     small.eval()
     ratios = []
-    for _ in range(rounds + 2):                                     # the first two warm up
-        before = seconds(model, batch)
-        ratios.append(before / seconds(small, batch))
-    low, middle, high = np.percentile(ratios[2:], (25, 50, 75)).tolist()
+    for _ in range(15):
+        ratios.append(seconds(model, batch) / seconds(small, batch))
+    low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
     return middle, low, high
 
 
+@torch.inference_mode()
+def price_list(model, batch):
+    """What deletion buys on this machine: milliseconds for this batch, medians of calls in turn.
+
+    "heads": [[0, ..., H], of an attention with so many]; "ffn": [[0, ..., F], of an FFN with so
+    many dimensions]; "rest": of a model without both. Noise is flattened: more never costs less.
+    """
+    config, kind = model.config, type(model.layers[0])
+    heads = [*range(config.num_attention_heads + 1)]
+    widths = [config.intermediate_size * i * i // 64 for i in range(9)]
+    layers = [kind(config, n, 0) for n in heads] + [kind(config, 0, n) for n in widths]
+    layers = nn.ModuleList(layers).to(batch[0].device).eval()
+    empty = copy.deepcopy(model).eval()
+    empty.layers = nn.ModuleList([layers[0]] * len(model.layers))
+    hidden = model.embeddings(batch[0], batch[2]), model.mask(batch[1], batch[2])
+    calls = [(empty, batch)] + [(layer, hidden) for layer in layers]
+    times = [[seconds(*call) for call in calls] for _ in range(15)]
+    rest, *times = (1000 * np.median(times, 0)).tolist()
+    parts = np.split(times, [len(heads)])
+    attention, ffn = ((np.maximum.accumulate(part) - part[0]).tolist() for part in parts)
+    return {"heads": [heads, attention], "ffn": [widths, ffn], "rest": rest}
+
+
+def price(prices, layers):
+    """rest + the sum over the layers of heads[h] + ffn[f], in milliseconds; linear in between."""
+    total = prices["rest"]
+    for layer in layers:
+        for part in ("heads", "ffn"):
+            total += np.interp(sum(layer[part]), *prices[part])
+    return float(total)
+
+
 def seconds(model, batch):
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)    # from now on, freed memory is kept for reuse
+    model(*batch)                                    # warms up
     begin = perf_counter()
     model(*batch).sum().item()                                      # .item() waits for a GPU
     return perf_counter() - begin
 
 
-def linear_weights(module, only_nonzero=False):
-    """How many weights its linear layers hold, or how many of them are not zero."""
-    count = 0
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            count += int(linear.weight.count_nonzero() if only_nonzero else linear.weight.numel())
-    return count
+def linear_weights(layers, count=Tensor.numel):
+    """How many weights linear layers hold; with Tensor.count_nonzero, how many are not 0."""
+    return int(sum(count(weight) for weight in layers.parameters() if weight.ndim == 2))
 
 
-def survivors(model):
-    """Which heads and FFN dimensions of every layer of a baked model deletion would leave."""
+def survivors(model, alive=alive):
+    """Which heads and FFN dimensions of every layer deletion would leave: {"heads", "ffn"}.
+
+    alive: how to tell; a model that still has its masks needs prune.py's.
+    """
     layers = []
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
@@ -214,7 +240,7 @@ def sizes(model, small):
     before, after = model.config, small.config
     total = max(1, linear_weights(model.layers))
     return {
-        "density": linear_weights(model.layers, only_nonzero=True) / total,
+        "density": linear_weights(model.layers, Tensor.count_nonzero) / total,
         "compact_density": linear_weights(small.layers) / total,
         "heads_kept": sum(after.heads_per_layer),
         "heads_total": sum(before.heads_per_layer),
@@ -240,35 +266,39 @@ def main(argv=None):
     parser.add_argument("--context", metavar="FILE", help="a text file")
     parser.add_argument("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
     parser.add_argument("--columns", help="of a table, as train.py's")
+    parser.add_argument("--bfloat16", action="store_true", help="of half the size; faster on a "
+                        "processor with avx512_bf16, or a GPU")
     with data.one_line_errors():
         args = parser.parse_args(argv)
         model, tokenizer, task = data.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         settings = data.text.Settings(length, length // 3)
+        if args.bfloat16 and (args.ask or args.expand):
+            model.bfloat16()
         if args.ask:
             example = task.example(args.ask, args.context)
             print(task.predict(model, tokenizer, [example], settings)["--ask"])
             return
         if args.expand:
             data.save_model(expand(model), args.expand, args.model)
-            print(f"written, in the dense shapes: {args.expand}")
             return
-        examples = data.read_examples(task, args.dev, "dev", args.columns)[:256]
-        windows = task.make_windows(examples, tokenizer, settings)
-        inputs = data.sample_inputs(windows, tokenizer)
+        examples = data.read_examples(task, args.dev, "dev", args.columns)
+        inputs = data.sample_inputs(task.make_windows(examples, tokenizer, settings), tokenizer)
         if args.compare:
-            small, other, _ = data.open_model(args.compare)
-            if other.get_vocab() != tokenizer.get_vocab():
-                raise ValueError(f"{args.compare}: has other tokens than {args.model}")
-            if linear_weights(small) > linear_weights(model):
-                raise ValueError(f"{args.compare}: is larger than {args.model}; swap them")
+            small = data.open_model(args.compare)[0]
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")
-            data.save_model(small, args.target, args.model)
             print(data.pictures.layer_table(survivors(model)))
         print(data.pictures.size_list(sizes(model, small)))
         print(data.pictures.speed_line(*speedup(model, small, inputs[0])))
+        if args.bfloat16:
+            for dtype in (torch.float32, torch.bfloat16):
+                predictions = task.predict(small.to(dtype), tokenizer, examples, settings)
+                print(f"{dtype}: {task.score(predictions, examples)}")
+            print("in bfloat16,", data.pictures.speed_line(*speedup(model, small, inputs[0])))
+        if args.target:
+            data.save_model(small, args.target, args.model)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,11 @@ warnings.filterwarnings("ignore", message="Initializing zero-element")    # of l
 
 ACTIVATIONS = {
     "gelu": F.gelu,
-    "gelu_python": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 USUAL = {                          # what config.json may not say otherwise
+    "model_type": "bert",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "tie_word_embeddings": True,
@@ -83,21 +82,18 @@ class BertConfig:
         self.ffn_per_layer = self.ffn_per_layer or [self.intermediate_size] * layers
 
     @classmethod
-    def read(cls, path):
-        """Read config.json, ignoring fields that do not concern this model. Raises ValueError."""
-        values = read_json(path)
-        if values.get("model_type", "bert") != "bert":
-            raise ValueError(f"{path}: of a {values['model_type']} model; give a BERT's")
+    def of(cls, values):
+        """What config.json says, without the fields that do not concern this model.
+
+        Raises ValueError, TypeError, KeyError or ZeroDivisionError where it makes no sense.
+        """
         for name, usual in USUAL.items():
             if values.get(name) not in (None, usual):
-                raise ValueError(f"{path}: {name} {values[name]} is not supported, only {usual}")
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+                raise ValueError(f"{name} {values[name]} is not supported, only {usual}")
         names = values.get("id2label") or {}
-        try:
-            labels = [str(names[str(i)]) for i in range(len(names))]
-            return cls(**known, labels=labels)
-        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: {error}; mend it or get it again") from None
+        labels = [str(names[str(i)]) for i in range(len(names))]
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**known | {"labels": labels})
 
 
 class Embeddings(nn.Module):
@@ -185,7 +181,7 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """The encoder that every model below shares: embeddings and layers."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = replace(config, labels=None)
         self.embeddings = Embeddings(config)
@@ -194,7 +190,7 @@ class Bert(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> Tensor:
-        """The logits that `output` describes. The inputs are (B, T).
+        """The logits that `output` describes, in float32. The inputs are (B, T).
 
         attention_mask: 1 for tokens, 0 for padding; token_type_ids: 1 for the second segment.
         """
@@ -204,7 +200,7 @@ class Bert(nn.Module):
             token_type_ids = torch.zeros_like(input_ids)
         mask = self.mask(attention_mask, token_type_ids)
         x = self.encode(input_ids, mask, token_type_ids)                                 # (B, T, C)
-        return self.output(x, attention_mask, token_type_ids)
+        return self.output(x, attention_mask, token_type_ids).float()
 
     def mask(self, attention_mask, token_type_ids):
         """Which tokens a token sees: all, but padding. (B, 1, 1, T)"""
@@ -227,23 +223,21 @@ class Bert(nn.Module):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Bert:
-        """Open a dense, pruned or compact model, in eval mode.
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Bert:
+        """Open a dense, pruned or compact model, in eval mode; `dtype`: of its weights.
 
         Output layers that the checkpoint lacks start random: that is said, and `has_head` false.
         Raises ValueError or OSError, naming file and weight, if one is missing or no number.
         """
         path = Path(folder) / "config.json"
-        config = BertConfig.read(path)
-        file, tensors = read_weights(Path(folder))
-        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-        if not config.labels and "classifier.bias" in tensors:
-            config.labels = [f"LABEL_{i}" for i in range(len(tensors["classifier.bias"]))]
+        values = read_json(path)
         try:
             with torch.device("meta"):                       # shapes only: no memory until checked
-                model = cls(config)
-        except (ValueError, TypeError, RuntimeError) as error:
+                model = cls(BertConfig.of(values))
+        except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"{path}: {error}; mend it or get it again") from None
+        file, tensors = read_weights(Path(folder))
+        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         missing = []
         for name, module in model.named_children():
             theirs = NAMES.get(name)
@@ -259,15 +253,13 @@ class Bert(nn.Module):
         model.has_head = not missing
         if missing:
             print(f"{file}: no output layer {', '.join(missing)}; starts random", file=sys.stderr)
-        return model.eval()
+        return model.to(dtype).eval()
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
         write_safetensors(Path(folder) / "model.safetensors", dict(sorted(tensors.items())))
         values = {"architectures": [self.ARCHITECTURE], "model_type": "bert", **asdict(self.config)}
-        if self.config == replace(self.config, heads_per_layer=None, ffn_per_layer=None):
-            del values["heads_per_layer"], values["ffn_per_layer"]
         if labels := values.pop("labels"):
             values["id2label"] = dict(enumerate(labels))
             values["label2id"] = {label: i for i, label in enumerate(labels)}
@@ -279,7 +271,7 @@ class BertForQuestionAnswering(Bert):
 
     ARCHITECTURE = "BertForQuestionAnswering"                  # in config.json
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config):
         super().__init__(config)
         self.span = nn.Linear(config.hidden_size, 2)
         self.apply(self.initialise)
@@ -295,14 +287,14 @@ class BertForSequenceClassification(Bert):
 
     ARCHITECTURE = "BertForSequenceClassification"
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config):
         super().__init__(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.set_labels(config.labels or ["LABEL_0", "LABEL_1"])
         self.apply(self.initialise)
 
-    def set_labels(self, labels: list[str]):
+    def set_labels(self, labels):
         """Classes to learn, by name, with a random classifier."""
         self.config.labels = labels
         self.classifier = nn.Linear(self.config.hidden_size, len(labels))
@@ -319,7 +311,7 @@ class BertForGeneration(Bert):
 
     ARCHITECTURE = "BertForMaskedLM"
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config):
         super().__init__(config)
         self.vocabulary = Vocabulary(config)
         self.apply(self.initialise)
@@ -404,9 +396,8 @@ def hugging_face_name(ours):
 
 
 def canonical_name(theirs):
-    """Old, short and wrapped spellings of a Hugging Face name -> the one in the table above."""
-    name = re.sub(r"^(module\.|_orig_mod\.)+", "", theirs)
-    name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+    """Old and short spellings of a Hugging Face name -> the one in the table above."""
+    name = theirs.replace(".gamma", ".weight").replace(".beta", ".bias")
     return re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\g<0>", name)
 
 
@@ -444,16 +435,10 @@ def save_json(path, value):
 
 
 def read_weights(folder):
-    """model.safetensors or its shards, else pytorch_model.bin: the path, and tensors by name."""
+    """model.safetensors, else pytorch_model.bin: the path, and tensors by name."""
     path = folder / "model.safetensors"
     if path.exists():
         return path, read_safetensors(path)
-    path = folder / "model.safetensors.index.json"
-    if path.exists():
-        tensors = {}
-        for shard in set(read_json(path).get("weight_map", {}).values()):
-            tensors |= read_safetensors(folder / shard)
-        return path, tensors
     path = folder / "pytorch_model.bin"
     if not path.exists():
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
@@ -491,7 +476,7 @@ DTYPES = {
 }
 
 
-def read_safetensors(path: str | Path) -> dict[str, Tensor | str]:
+def read_safetensors(path):
     """Read a safetensors file; of integers and rarer types, which no weight has, only the type.
 
     Raises ValueError, naming the file, unless all is as the format says.
@@ -527,7 +512,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor | str]:
     return tensors
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor]):
+def write_safetensors(path, tensors):
     """Write tensors in the safetensors format."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header = {"__metadata__": {"format": "pt"}}

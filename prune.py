@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from bisect import bisect_left
 from fnmatch import fnmatch
 from math import ceil
 
@@ -100,7 +101,7 @@ class BlockMask(nn.Module):
 class BlockGroup:
     """Linear layers whose blocks are ranked together; masks are attached to `model` at once."""
 
-    def __init__(self, model: nn.Module, block: str, rows: list[str], columns: list[str] = (),
+    def __init__(self, model: nn.Module, block: str, rows: list, columns: list = (),
                  unit: int = 1, method: str = "movement"):
         """Mask the nn.Linear layers whose names match. Raises ValueError, and then masks none.
 
@@ -115,8 +116,6 @@ class BlockGroup:
         """
         if method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        if str in (type(rows), type(columns)):
-            raise ValueError('rows and columns are lists of name patterns, as in ["*.query"]')
         self.method = method
         r, c = parse_block(block)
         found = [find_linears(model, pattern) for pattern in (*rows, *columns)]
@@ -142,28 +141,27 @@ class BlockGroup:
                 attach.append((linear, mask))
             owner.scores.requires_grad_(method != "magnitude")
             self.masks.append(owner)
+        self.blocks = sum(scores.numel() for scores in self.scores)
         for linear, mask in attach:
             # unsafe: without a check that would compute, and hold, every weight once
             parametrize.register_parametrization(linear, "weight", mask, unsafe=True)
 
     @property
-    def scores(self) -> list[nn.Parameter]:
+    def scores(self) -> list:
         """The scores (R, C) of every matrix, or of all the matrices that share them."""
         return [mask.scores for mask in self.masks]
 
     @property
     def density(self) -> float:
         """The fraction of blocks kept."""
-        kept = sum(mask.kept.count_nonzero() for mask in self.masks)
-        return int(kept) / sum(mask.kept.numel() for mask in self.masks)
+        return int(sum(mask.kept.count_nonzero() for mask in self.masks)) / self.blocks
 
-    def blocks_to_keep(self, density: float) -> int:
+    def blocks_to_keep(self, density):
         """round(density * blocks). Raises ValueError if that is none, or more than all."""
-        blocks = sum(scores.numel() for scores in self.scores)
-        if not 0 < density <= 1 or round(density * blocks) == 0:
-            raise ValueError(f"density {density}: give one that keeps some of {blocks} blocks, "
-                             "and 1 at most")
-        return round(density * blocks)
+        if not 0 < density <= 1 or round(density * self.blocks) == 0:
+            raise ValueError(f"density {density}: give one that keeps some of {self.blocks} "
+                             "blocks, and 1 at most")
+        return round(density * self.blocks)
 
     @torch.no_grad()
     def keep(self, density: float):
@@ -189,7 +187,7 @@ class BlockGroup:
             mask.scores.copy_(sum(sizes) / len(sizes))
 
     @torch.no_grad()
-    def keep_above(self, tau: float):
+    def keep_above(self, tau):
         """Keep the blocks with sigmoid(S) > tau."""
         for mask in self.masks:
             mask.kept.copy_(mask.scores.sigmoid() > tau)
@@ -206,8 +204,10 @@ class BlockGroup:
         lambda_  the final weight of soft movement's penalty
         Returns what is to be added to the loss: lambda(t) * penalty, or 0.
         """
-        if self.method != "magnitude" and step > start + (end - start) / 10:
-            self.warn_if_nothing_learns()
+        begun = self.method != "magnitude" and step > start + (end - start) / 10
+        if begun and not any(scores.any() for scores in self.scores):
+            warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
+                          "masks, from parameter_groups(model, lr, score_lr)", stacklevel=2)
         soft = self.method == "soft-movement"
         if (density is None) != soft or (lambda_ is not None) != soft:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
@@ -216,11 +216,6 @@ class BlockGroup:
             return cubic(step, start, end, 0.0, lambda_) * self.penalty()
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
-
-    def warn_if_nothing_learns(self):
-        if not any(scores.any() for scores in self.scores):
-            warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
-                          "masks, from parameter_groups(model, lr, score_lr)", stacklevel=3)
 
 
 def find_linears(model, pattern):
@@ -235,14 +230,11 @@ def find_linears(model, pattern):
 
 def check_free(model, linears):
     """Raises ValueError for a layer that has a mask, or whose weight another module uses, too."""
-    holders = {}                                              # of a parameter: modules' names
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
     for linear in linears:
         if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
             raise ValueError("a layer is masked twice; let one pattern match it")
-        names = holders[id(linear.weight)]
+        parameters = model.named_parameters(remove_duplicate=False)
+        names = [name for name, parameter in parameters if parameter is linear.weight]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} share one weight: a mask on one would change "
                              "the other; leave both out, or give each its own")
@@ -257,6 +249,35 @@ def best(scores, k):
     return kept
 
 
+def keep_most(groups, fits):
+    """Keep the best share v of every group's blocks, the greatest with which fits() is true.
+
+    fits() looks at the masks. By bisection, to the block; a block of each group always stays.
+    """
+    steps = 2 ** 20                                                # finer than any block
+    least = ceil(steps / min(group.blocks for group in groups))
+
+    def too_many(n):
+        for group in groups:
+            group.keep(n / steps)
+        return not fits()
+
+    too_many(bisect_left(range(steps + 1), True, lo=least + 1, key=too_many) - 1)
+
+
+def alive(first, second, size=1):
+    """What the masks leave between two layers: dimensions (F,), or heads (H,) of `size`.
+
+    A dimension needs a block in its row of the first and in its column of the second.
+    """
+    units = []
+    for linear in (first, second):
+        mask = linear.parametrizations.weight[0]
+        units.append(mask.owner[0].kept.any(1).repeat_interleave(mask.block[0]))
+    both = units[0] & units[1]
+    return both[:first.out_features].view(-1, size).any(1)
+
+
 def cubic(step, start, end, first, last):
     """v(t) = v_end + (v_0 - v_end) * (1 - (t - t0) / (t1 - t0))^3, t0 = start, t1 = end.
 
@@ -269,21 +290,17 @@ def cubic(step, start, end, first, last):
     return last + (first - last) * (1 - (step - start) / (end - start)) ** 3
 
 
-def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate."""
-    scores, matrices, vectors = [], [], []
+    matrices = {"params": [], "lr": lr, "weight_decay": 0.01}
+    vectors = {"params": [], "lr": lr, "weight_decay": 0.0}
+    scores = {"params": [], "lr": score_lr, "weight_decay": 0.0}
     for name, parameter in model.named_parameters():
+        group = matrices if parameter.ndim > 1 else vectors
         if name.endswith(".scores"):
-            scores.append(parameter)
-        elif parameter.ndim > 1:
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
-    return [
-        {"params": matrices, "lr": lr, "weight_decay": 0.01},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
-        {"params": scores, "lr": score_lr, "weight_decay": 0.0},
-    ]
+            group = scores
+        group["params"].append(parameter)
+    return [matrices, vectors, scores]
 
 
 @torch.no_grad()

@@ -25,21 +25,29 @@ import shutil
 import sys
 import zlib
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from compact import actual_config, compact, largest_difference, sizes, speedup, survivors
+from compact import (
+    actual_config,
+    compact,
+    largest_difference,
+    price,
+    price_list,
+    sizes,
+    speedup,
+    survivors,
+)
 from data import DEVICE, RANK, TASKS, WORLD, glue, pictures, questions
 from data.text import batches, collate, note, run_model
 from model import read_torch, save_json, whole_file
-from prune import METHODS, BlockGroup, bake, parameter_groups
+from prune import METHODS, BlockGroup, alive, bake, cubic, keep_most, parameter_groups
 
 TEMPERATURE = 2.0                                                             # of distillation
 STAGES = ("dense", "pruned", "compact", "filled")
@@ -105,19 +113,19 @@ class Teacher:
         return torch.cat(rows).to(DEVICE)
 
 
-def task_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, a) -> Tensor:
+def task_loss(logits, targets, teacher_logits, a):
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
     logits (..., K), a row for every target (N,), in the targets' order; teacher_logits (N, K), or
     None: then it is the cross-entropy alone.
     Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
     """
-    z = logits.flatten(0, -2).float()                                                    # (N, K)
+    z = logits.flatten(0, -2)                                                            # (N, K)
     loss = F.cross_entropy(z, targets)
     if teacher_logits is None:
         return loss
     student = F.log_softmax(z / TEMPERATURE, -1)
-    teacher = F.log_softmax(teacher_logits.float() / TEMPERATURE, -1)
+    teacher = F.log_softmax(teacher_logits / TEMPERATURE, -1)
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return (1 - a) * loss + a * TEMPERATURE ** 2 * kl
 
@@ -133,25 +141,23 @@ def fit(run, stage, model, epochs, groups, teacher):
     matrices, vectors, scores = (group["params"] for group in optimizer.param_groups)
     schedule = []
     for epoch in range(epochs):
-        for batch in batches(run.windows, args.batch_size, epoch, args.seed):
-            schedule.append((epoch, batch))
+        schedule += batches(run.windows, args.batch_size, epoch, args.seed)
     first = run.restore(stage, model, optimizer)
     total = len(schedule)
     parallel = model if WORLD == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
     bar = tqdm(range(first, total), stage, total, initial=first, disable=RANK > 0 or None)
     for step in bar:
-        epoch, batch = schedule[step]
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
         lr = set_learning_rate(optimizer, args.lr, step, total)
-        penalty = update_masks(groups, step, total, args)
-        loss = batch_loss(run, parallel, batch, teacher) + penalty
+        penalty = update_masks(run, model, groups, step, total)
+        loss = batch_loss(run, parallel, schedule[step], teacher) + penalty
         loss.backward()
         nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
         nn.utils.clip_grad_norm_(scores, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         line = {
-            "epoch": epoch + 1,
+            "epoch": 1 + step * epochs // total,
             "step": step,
             "lr": lr,
             "loss": mean_of_processes(loss),
@@ -161,13 +167,12 @@ def fit(run, stage, model, epochs, groups, teacher):
         if not math.isfinite(line["loss"]):
             raise ArithmeticError(f"{stage}: {line}: the loss is no number; lower --lr")
         run.log.write(json.dumps({"stage": stage, **line}) + "\n")
-        numbers = ", ".join(f"{name} {value:.5g}" for name, value in line.items())
-        bar.set_postfix_str(numbers, refresh=False)
-        ends_epoch = (step + 1) % (total // epochs) == 0
+        bar.set_postfix(line, refresh=False)
+        ends_epoch = (step + 1) * epochs % total == 0
         if ends_epoch and not sys.stdout.isatty():
-            say(f"{stage}: {numbers}")
+            say(f"{stage}: {bar.postfix}")
         if ends_epoch or (step + 1) % args.save_every == 0:
-            run.save(stage, step + 1, model, optimizer)
+            run.save(stage, step + 1, model=model, optimizer=optimizer)
 
 
 def set_up(model, dropout):
@@ -176,8 +181,9 @@ def set_up(model, dropout):
     for module in model.modules():
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout
-    for parameter in model.parameters():                   # of layers without heads: no gradient
-        parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
+    for parameter in model.parameters():
+        if parameter.numel() == 0:                         # of layers without heads: no gradient
+            parameter.requires_grad_(False)
 
 
 def set_learning_rate(optimizer, peak, step, total):
@@ -218,25 +224,27 @@ def say(text):
 
 
 def add_masks(model, args):
-    """Mask the attention and the FFN matrices. Raises ValueError if no block would be left."""
+    """Mask the attention and the FFN matrices."""
     attention = BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
                            ["*.attention.output"], unit=model.config.head_size, method=args.method)
     ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], method=args.method)
-    if args.method != "soft-movement":
-        attention.blocks_to_keep(args.density)
-        ffn.blocks_to_keep(args.density)
     return [attention, ffn]
 
 
-def update_masks(groups, step, total, args):
+def update_masks(run, model, groups, step, total):
     """The masks of this step; what soft movement adds to the loss, or 0."""
+    args = run.args
     end = min(total - round(args.cooldown * total), total - 1)   # the last step has the final masks
     start = min(round(args.warmup * total), end)
+    if args.speedup and groups:
+        prices = run.state["prices"]
+        limit = prices["dense"] * cubic(step, start, end, 1.0, 1 / args.speedup)
+        keep_most(groups, lambda: price(prices, survivors(model, alive)) <= limit)
+        return 0.0
     penalty = 0.0
-    for i, group in enumerate(groups):
-        goal = {"density": args.density}
-        if args.method == "soft-movement":
-            goal = {"lambda_": args.lambdas[i]}
+    for group, lambda_ in zip(groups, args.lambdas):
+        soft = args.method == "soft-movement"
+        goal = {"lambda_": lambda_} if soft else {"density": args.density}
         penalty += group.advance(step, start, end, **goal)
     return penalty
 
@@ -270,16 +278,17 @@ def prepare(args):
                          "another --teacher or --distill 0")
     if args.layers:
         take_layers(model, args.layers)
-    with torch.device("meta"):
-        add_masks(type(model)(model.config), args)               # tried out, before all the work
+    with torch.device("meta"):                                   # tried out, before all the work
+        for group in add_masks(type(model)(model.config), args):
+            group.blocks_to_keep(args.density)
     run = Run(args, task, tokenizer, train)
-    run.claim()
+    run.claim(model)
     return run, model, teacher
 
 
 def take_layers(model, layers):
     """Leave all other layers out. Raises ValueError."""
-    if len(set(layers) & set(range(len(model.layers)))) < len(layers):
+    if len({*layers} & {*range(len(model.layers))}) < len(layers):
         raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, each once, not {layers}")
     model.layers = nn.ModuleList(model.layers[i] for i in layers)
     model.config = actual_config(model)
@@ -312,11 +321,11 @@ class Run:
         }
         for name in ("out", "overwrite", "resume", "save_every"):            # these may change
             del settings[name]
-        self.state = {"settings": settings, "scores": {}, "stage": None, "step": 0, "log": 0}
+        self.state = {"settings": settings, "scores": {}}
         say(f"{args.train or 'generated corpus'}: {len(train)} examples in {len(self.windows)} "
             f"windows to train on; {len(self.dev)} examples to evaluate on")
 
-    def claim(self):
+    def claim(self, model):
         """Take the folder: go on with its run, or start anew. Raises ValueError."""
         checkpoint, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
         summary = self.out / "summary.json"
@@ -332,6 +341,8 @@ class Run:
         elif checkpoint.exists() and not summary.exists() and not self.args.overwrite:
             raise ValueError(f"{self.out}: holds an unfinished run; give --resume to go on with "
                              "it, --overwrite or another --out")
+        if self.args.speedup and not resumes:
+            self.state["prices"] = self.ask_prices(model)
         if WORLD > 1:
             distributed.barrier()                            # all have looked: one may write
         if RANK == 0 and not resumes:
@@ -344,6 +355,20 @@ class Run:
         self.log = open(os.devnull if RANK else log, "a" if resumes else "w", buffering=1)
         if not resumes:
             self.save()
+
+    def ask_prices(self, model):
+        """The first process's price list, for all of them. Raises ValueError if it is too long."""
+        prices = [None if RANK else price_list(model, self.samples[0])]
+        if WORLD > 1:
+            distributed.broadcast_object_list(prices, device=DEVICE)
+        prices = prices[0]
+        say(pictures.price_table(prices))
+        prices["dense"] = price(prices, survivors(model))
+        most = prices["dense"] / prices["rest"]
+        if self.args.speedup >= most:
+            raise ValueError(f"--speedup {self.args.speedup:g}: without any head or FFN dimension "
+                             f"it would be {most:.2f}; ask for less")
+        return prices
 
     def stage(self, name, model, epochs, groups=(), teacher=None):
         """Train, make the masks permanent, save and score; if that is done, open what was saved."""
@@ -367,22 +392,19 @@ class Run:
         self.save()
         say(f"{name}: {', '.join(f'{k} {v:.2f}' for k, v in scores.items())}")
 
-    def save(self, stage=None, step=0, model=None, optimizer=None):
+    def save(self, stage=None, step=0, **parts):
         """Write the checkpoint to resume from; it appears whole or not at all."""
         if RANK:
             return
         os.fsync(self.log.fileno())
         self.state |= {"stage": stage, "step": step, "log": self.log.tell()}
-        tensors = {}
-        if stage:
-            tensors["model"] = model.state_dict()
-            tensors["optimizer"] = optimizer.state_dict()
+        tensors = {name: part.state_dict() for name, part in parts.items()}
         with whole_file(self.out / "checkpoint.pt") as file:
             torch.save(self.state | tensors, file)
 
     def restore(self, stage, model, optimizer):
         """Go on from the checkpoint, if it is of this stage; the step to begin with."""
-        if self.state["stage"] != stage:
+        if self.state.get("stage") != stage:
             return 0
         model.load_state_dict(self.state.pop("model"))
         optimizer.load_state_dict(self.state.pop("optimizer"))
@@ -409,6 +431,11 @@ def report(run, model, small, difference):
         "speedup_quartiles": quartiles,
     }
     layers = survivors(model)
+    if run.args.speedup:
+        prices = run.state["prices"]
+        summary["prices"] = prices
+        summary["speedup_asked"] = run.args.speedup
+        summary["speedup_predicted"] = prices["dense"] / price(prices, layers)
     (run.out / "layers.svg").write_text(pictures.layers_svg(layers))
     save_json(run.out / "summary.json", summary)
     say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
@@ -423,6 +450,8 @@ def evaluate(args):
     if saved:
         model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
         args.labels = model.config.labels
+        if args.bfloat16:
+            model.bfloat16()
     examples = data.read_examples(task, args.dev, "dev", args.columns)
     if saved:
         return task.score(task.predict(model, tokenizer, examples, args), examples)
@@ -453,6 +482,7 @@ SWITCHES = [
     ("--resume", "go on with an unfinished run"),
     ("--overwrite", "replace even an unfinished run"),
     ("--amp", "train in bfloat16 (autocast): CUDA, or a CPU with avx512_bf16"),
+    ("--bfloat16", "with --eval: with weights in bfloat16"),
 ]
 FLAGS = [                                                # flag, type, default, help
     ("--model", str, None, "checkpoint's folder (default: the tiny BERT's)"),
@@ -465,6 +495,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--block", str, "32x32", "blocks of the attention matrices: 32x32, 64xall, ..."),
     ("--ffn-block", str, "1xall", "blocks of the FFN matrices: 1xall, 32x32, ..."),
     ("--density", SHARE, 0.25, "fraction of the encoder's weights to keep"),
+    ("--speedup", between(1, 1000), None, "instead: how many times as fast, on this machine"),
     ("--warmup", SHARE, 0.05, "part of the steps before pruning begins"),
     ("--cooldown", SHARE, 0.4, "part of the steps at the final density"),
     ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
@@ -496,7 +527,9 @@ def parse_args(argv):
         metavar="L", help="soft movement's penalties, of attention and FFN (default: 10 10)")
     for flag, text in SWITCHES:
         add(flag, action="store_true", help=text)
+    size = parser.add_mutually_exclusive_group()
     for flag, kind, default, text in FLAGS:
+        add = size.add_argument if flag in ("--density", "--speedup") else parser.add_argument
         if default is not None:
             text += f" (default: {default})"
         add(flag, type=kind, default=default, help=text)
@@ -511,9 +544,13 @@ def check(args):
     """Settings that make no sense together raise ValueError."""
     if bool(args.train) != bool(args.dev) or not args.model:
         raise ValueError("--train and --dev go together, with a --model; see data/download.py")
-    for path, name in product((args.model, args.teacher, args.train, args.dev), STAGES):
-        if path and Path(path).resolve().is_relative_to((Path(args.out) / name).resolve()):
-            raise ValueError(f"{path}: the run would write over it; give another --out")
+    for path in filter(None, (args.model, args.teacher, args.train, args.dev)):
+        for name in STAGES:
+            if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
+                raise ValueError(f"{path}: the run would write over it; give another --out")
+    if args.speedup and (args.method == "soft-movement" or "1x1" in (args.block, args.ffn_block)):
+        raise ValueError("--speedup needs blocks that are ranked, and more than single weights, "
+                         "which buy no speed; give another --method, --block or --ffn-block")
     if args.warmup + args.cooldown >= 1:
         raise ValueError("--warmup and --cooldown together leave no step to prune in")
 

@@ -55,7 +55,6 @@ def read(path, columns=None):
                          "give --columns TEXT,LABEL or TEXT,TEXT2,LABEL as the header has them, "
                          "with tabs between")
     sentences = []
-    unknown = 0
     for row, line in enumerate(lines):
         place = f"{path}: line {row + 2}"
         cells = dict(zip(header, line))
@@ -63,12 +62,7 @@ def read(path, columns=None):
         if len(line) != len(header) or not label or not all(texts):
             raise ValueError(f"{place}: {len(line)} cells of {len(header)}, or a text or label is "
                              "empty; mend or remove the line")
-        if label == "-" and "gold_label" in header:     # MNLI's: people did not agree
-            unknown += 1
-        else:
-            sentences.append(Sentence(str(row), texts, label, place))
-    if unknown:
-        note(f"{path}: {unknown} rows have the label -; left out")
+        sentences.append(Sentence(str(row), texts, label, place))
     if not sentences:
         raise ValueError(f"{path}: holds no row; is it the right file?")
     return sentences

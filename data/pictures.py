@@ -30,6 +30,15 @@ def layer_table(layers):
     return "\n".join(lines)
 
 
+def price_table(prices):
+    """What a layer's heads, and its FFN dimensions, take on this machine, in milliseconds."""
+    rows = [*prices["heads"], *prices["ffn"]]
+    lines = []
+    for name, row in zip(("heads", "ms", "ffn", "ms"), rows):
+        lines.append(f"{name:>5}" + "".join(f"{number:>7.4g}" for number in row))
+    return "\n".join(lines)
+
+
 def closing_table(summary):
     """One row a stage of summary.json. Pruning leaves the dense shapes, and so the dense speed."""
     names = list(summary["dense"])[:2]                                  # of the scores
@@ -52,7 +61,10 @@ def closing_table(summary):
 
 def report(layers, summary):
     """What a run prints at its end."""
-    return (f"\n{layer_table(layers)}\n\n{closing_table(summary)}\n\n"
+    asked = ""
+    if "prices" in summary:
+        asked = "asked: {speedup_asked:.2f}x; predicted: {speedup_predicted:.2f}x\n"
+    return (f"\n{layer_table(layers)}\n\n{closing_table(summary)}\n\n{asked.format(**summary)}"
             f"{speed_line(summary['speedup'], *summary['speedup_quartiles'])}\nlargest difference "
             f"between pruned and compact logits: {summary['largest_logit_difference']:.1e}")
 
@@ -118,9 +130,8 @@ def chart(runs):
     marks += [("", speed, f1 / 88.5, ORANGE) for speed, f1 in PAPER]
     for name, speed, share, colour in marks:
         x, y = 5 + 110 * speed, 618 - 560 * max(share, 0.5)
-        below = " (below)" if share < 0.5 else ""
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>'
-                     f'<text x="{x + 9:g}" y="{y + 4:g}">{name}{below}</text>')
+                     f'<text x="{x + 9:g}" y="{y + 4:g}">{name}</text>')
     return svg(700, 400, parts)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from model import read_json
 
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 NORMALIZER = {                               # the library's names: tokenizer_config.json's
     "lowercase": "do_lower_case",
     "strip_accents": "strip_accents",
@@ -97,11 +97,8 @@ def apply_settings(tokenizer, settings, path):
     if "do_lower_case" not in settings and any(word != word.lower() for word in words):
         note(f"{path}: has words with capitals, but all text is lower-cased; if that is wrong, "
              'say "do_lower_case": false in tokenizer_config.json')
-    added = read_if_there(path.with_name("added_tokens.json"))
-    tokenizer.add_tokens(sorted(added, key=added.get))
-    for token, number in added.items():
-        if tokenizer.token_to_id(token) != number:
-            raise ValueError(f"{path.with_name('added_tokens.json')}: {token!r} can't be {number}")
+    if read_if_there(path.with_name("added_tokens.json")):
+        raise ValueError("added_tokens.json is not read; save a tokenizer.json with transformers")
 
 
 def read_if_there(path):

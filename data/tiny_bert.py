@@ -21,18 +21,16 @@ import torch
 SHIPPED = Path(__file__).resolve().with_name("tiny-bert")
 sys.path.insert(0, str(SHIPPED.parent.parent))
 from data.text import copy_tokenizer  # noqa: E402
-from model import BertConfig, BertForQuestionAnswering  # noqa: E402
+from model import BertForQuestionAnswering  # noqa: E402
 
 
 def start(folder):
     """Write random weights and the vocabulary."""
     torch.manual_seed(0)
-    config = BertConfig.read(SHIPPED / "config.json")
-    model = BertForQuestionAnswering(config)
-    speeds = 10_000 ** (torch.arange(64) / 64)
-    angle = torch.arange(512)[:, None] / speeds
-    waves = torch.stack([angle.sin(), angle.cos()], -1)
-    model.embeddings.position.weight.data = waves.flatten(1) / 7                  # (positions, C)
+    model = BertForQuestionAnswering(BertForQuestionAnswering.from_pretrained(SHIPPED).config)
+    angle = torch.arange(512)[:, None] / 10_000 ** (torch.arange(64) / 64)
+    waves = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)               # (positions, C)
+    model.embeddings.position.weight.data = waves / 7
     model.save_pretrained(folder)
     copy_tokenizer(SHIPPED, folder)
 
@@ -43,4 +41,4 @@ if __name__ == "__main__":
         BertForQuestionAnswering.from_pretrained(trained[0]).half().save_pretrained(target)
         copy_tokenizer(trained[0], target)
     else:
-        start(Path(target))
+        start(target)
