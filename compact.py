@@ -16,6 +16,7 @@ constant moves into the next bias.
     dimensions = compact_ffn(first, second, activation)
     small = compact(pruned)                                                # of this project's
     python compact.py out/pruned out/small                                 # delete, prove, measure
+    python compact.py out/pruned out/small --bfloat16                      # and halve: of 16 bits
     python compact.py out/filled --expand out/bert         # back in the dense shapes, with zeros
     python compact.py out/dense --compare out/filled       # size and speed of a smaller one
     python compact.py out/compact --ask "Who ...?" --context FILE

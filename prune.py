@@ -11,8 +11,8 @@ moves its block away from zero and falls when it moves it towards zero. The best
 
 | method        | kept                                  | what decides about the size          |
 |---------------|---------------------------------------|--------------------------------------|
-| movement      | the best fraction v by score          | v, to the block: `keep(v)`           |
-| magnitude     | the best fraction v by mean |W|       | v, to the block: `keep(v)`           |
+| movement      | the best fraction v by score          | v, to the block: `keep(v)`; or what  |
+| magnitude     | the best fraction v by mean |W|       | it may cost: `keep_most`             |
 | soft-movement | every block with sigmoid(S) > tau     | lambda * mean(sigmoid(S)) in the     |
 |               |                                       | loss: `keep_above(tau)`, `penalty()` |
 
@@ -254,7 +254,7 @@ def keep_most(groups, fits):
 
     fits() looks at the masks. By bisection, to the block; a block of each group always stays.
     """
-    steps = 2 ** 20                                                # finer than any block
+    steps = 2 ** 17                                                 # finer than a block
     least = ceil(steps / min(group.blocks for group in groups))
 
     def too_many(n):

@@ -619,23 +619,23 @@ def test_as_many_blocks_are_kept_as_fit_a_time():
     layers = [{"heads": [True, False], "ffn": [True] * 20}, {"heads": [], "ffn": [True] * 60}]
     assert compact.price(PRICES, layers) == 2 + 3 + 2.5 + 6
     torch.manual_seed(0)
-    for block, ffn_block in (("12x12", "1xall"), ("5x7", "3x4"), ("12xall", "1xall")):
+    for blocks in (["12x12", "1xall"], ["5x7", "3x4"], ["12xall", "1xall"]):
         model = random_model()
-        groups = train.add_masks(model, train.parse_args(["--block", block,
-                                                          "--ffn-block", ffn_block]))
+        args = train.parse_args(["--block", blocks[0], "--ffn-block", blocks[1]])
+        groups = train.add_masks(model, args)
         for scores in groups[0].scores + groups[1].scores:
             scores.data = torch.randn_like(scores)
 
-        def milliseconds(v=None):
-            for group in groups if v else ():
-                group.keep(v)
+        def milliseconds(*shares):
+            for group, share in itertools.product(groups, shares):
+                group.keep(share)
             return compact.price(PRICES, compact.survivors(model, prune.alive))
 
         times = [milliseconds(v) for v in np.linspace(0.08, 1, 40)]
-        assert times == sorted(times) and times[0] < times[-1] == 2 + 3 * (9 + 7)
-        for part in (1.0, 0.9, 0.5, 0.2):
+        assert times == sorted(times) and times[-1] == 2 + 3 * (9 + 7)
+        for part in (1.0, 0.9, 0.5, 0.3):
             prune.keep_most(groups, lambda: milliseconds() <= part * times[-1])
-            assert milliseconds() <= part * times[-1] or part == 0.2
+            assert milliseconds() <= part * times[-1]
             baked = copy.deepcopy(model)
             prune.bake(baked)
             assert compact.survivors(baked) == compact.survivors(model, prune.alive)
@@ -645,7 +645,6 @@ def test_as_many_blocks_are_kept_as_fit_a_time():
     for part, size in (("heads", 4), ("ffn", 80)):
         counts, times = prices[part]
         assert counts[0] == times[0] == 0 and counts[-1] == size and times == sorted(times)
-    assert prices["rest"] > 0
 
 
 BAD_MASKS = """
@@ -889,22 +888,6 @@ def test_the_proof_is_not_blinded_by_padding_or_nan():
                                         kinds=ArithmeticError)
 
 
-def test_a_compact_model_is_saved_opened_exported_and_compiled(tmp_path):
-    model = zeroed(random_model(), "a[1].value.weight[:] = a[0].value.weight[:12] = 0\n"
-                   "f[0].first.weight[:] = f[2].first.weight[:9] = 0")
-    small = compact.compact(model)
-    small.save_pretrained(tmp_path)
-    assert opened(tmp_path).config == small.config and difference(opened(tmp_path), small) == 0
-    inputs, free = padded_inputs(), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    torch.export.save(torch.export.export(small, inputs, dynamic_shapes=(free,) * 3),
-                      tmp_path / "compact.pt2")
-    runners = [torch.export.load(tmp_path / "compact.pt2").module()]
-    if shutil.which("c++"):
-        runners.append(torch.compile(small, dynamic=True))
-    for run, (B, T) in itertools.product(runners, ((3, 40), (2, 33))):
-        assert difference(run, small, [tensor[:B, :T] for tensor in inputs]) < 1e-4
-
-
 def test_the_command_line_of_compact(tmp_path):
     model = zeroed(random_model(max_position_embeddings=384), "a[1].value.weight[12:48] = 0")
     folder = checkpoint(tmp_path / "pruned", model)
@@ -914,8 +897,7 @@ def test_the_command_line_of_compact(tmp_path):
     assert len({len(line) for line in lines[2:5]}) == 1                          # the table aligns
     assert opened(tmp_path / "small").config.heads_per_layer == [4, 1, 4]
     _, out, _ = program(compact.main, folder, tmp_path / "half", "--bfloat16")
-    scores = [line.split(": ", 1) for line in out.splitlines() if line.startswith("torch")]
-    assert [name for name, _ in scores] == ["torch.float32", "torch.bfloat16"], out
+    assert "\ntorch.float32: {" in out and "\ntorch.bfloat16: {" in out, out
     small, half = (opened(tmp_path / name) for name in ("small", "half"))
     assert half.span.weight.dtype == torch.float32 and 0 < difference(small, half) < 0.2
     size = (tmp_path / "small/model.safetensors").stat().st_size
@@ -1292,15 +1274,6 @@ def test_bleu_and_rouge_are_those_of_sacrebleu_and_rouge_score():
     assert questions.score({}, asked) == {"bleu": 0.0, "rouge_l": 0.0}
 
 
-def test_answers_that_are_too_long_to_predict_are_counted(tmp_path):
-    tokenizer = text.load_tokenizer(checkpoint(tmp_path))
-    asked = read_entries(tmp_path, entry(answers=[("b c d", 2)]), context="a b c d e")
-    for most in (2, 3):
-        with stderr() as said:
-            squad.make_windows(asked, tokenizer, Settings(30, 5, max_answer=most))
-        assert ("1 answers have more than --max-answer 2" in said.getvalue()) == (most == 2)
-
-
 BROKEN_SQUAD = """
 v.pop("data") | top level: not SQuAD's format
 v.update(data=3) | top level
@@ -1461,11 +1434,8 @@ def test_every_task_runs_to_its_end(tmp_path):
         status, out, _ = program(compact.main, folder / "small", *asked)
         assert status == 0 and (task is not glue or out.strip() in ("yes", "no"))
         again = ["--model", folder / "out/dense", "--dense-epochs", 0, "--epochs", 1]
-        for more, heads in ((["--method", "magnitude", "--ffn-block", "12x12"], 12),
-                            (["--layers", "0,2", "--teacher", folder / "out/dense"], 8),
-                            (["--method", "soft-movement"], 12),
-                            (["--block", "1x1", "--ffn-block", "1x1"], 12),
-                            (["--distill", 0, "--block", "12xall"], 12)):
+        for more, heads in ((["--layers", "0,2", "--teacher", folder / "out/dense"], 8),
+                            (["--method", "magnitude", "--speedup", 1.2, "--distill", 0], 12)):
             found = run_train(folder, *again, *more, task=task, out="again")
             assert found["heads_total"] == heads
 
@@ -1524,16 +1494,6 @@ def blocks_of(weight: torch.Tensor, block: str) -> torch.Tensor:
     return share > 0
 
 
-def test_lambda_rules_the_size_of_soft_movement(tmp_path):
-    densities = []
-    for lambdas in ((0, 0), (300, 300), (300, 30000)):
-        run_train(tmp_path, "--method", "soft-movement", "--score-lr", 0.2, "--lambda", *lambdas)
-        line = log_of(tmp_path / "out")[-1]
-        densities.append((line["attention_density"], line["ffn_density"]))
-    assert min(densities[0]) > 0.9 and max(densities[1]) < 0.5
-    assert densities[2][1] < densities[1][1] and abs(densities[2][0] - densities[1][0]) < 0.2
-
-
 def test_filling_trains_all_weights_of_what_is_left(tmp_path):
     run_train(tmp_path, "--epochs", 0)
     flags = ["--model", tmp_path / "out/dense", "--dense-epochs", 0, "--block", "6x6"]
@@ -1564,14 +1524,15 @@ def test_layers_of_a_checkpoint_are_taken(tmp_path):
 PARALLEL = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import torch, train
+import json, torch, train
 from torch.distributed import get_rank
+train.price_list = lambda model, batch: json.loads(sys.argv[3])
 bake = train.bake
 def dump(model):  # every process writes its weights, scores and masks before they are baked
     torch.save(model.state_dict(), f"{sys.argv[2]}/state{get_rank()}.pt")
     return bake(model)
 train.bake = dump
-train.main(sys.argv[3:])
+train.main(sys.argv[4:])
 """
 
 
@@ -1588,13 +1549,14 @@ def test_two_processes_train_like_one(tmp_path):
     flags += ["--batch-size", next(n for n in range(3, count) if count % n == 1), "--epochs", 8,
               "--warmup", 0.3]
     (tmp_path / "parallel.py").write_text(PARALLEL)
-    for more in (["--density", 0.02, "--fill-epochs", 1],
+    for more in (["--speedup", 6, "--fill-epochs", 1],
                  ["--method", "soft-movement", "--score-lr", 0.2, "--lambda", 30, 30],
                  flags_of(tmp_path / "a", glue), flags_of(tmp_path / "b", questions)):
-        assert program(train.main, *flags, *more, "--out", tmp_path / "single")[0] == 0
+        with unittest.mock.patch.object(train, "price_list", lambda model, batch: {**PRICES}):
+            assert program(train.main, *flags, *more, "--out", tmp_path / "single")[0] == 0
         result = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                         tmp_path / "parallel.py", HERE, tmp_path, *flags, *more,
-                         "--out", tmp_path / "double")
+                         tmp_path / "parallel.py", HERE, tmp_path, json.dumps(PRICES),
+                         *flags, *more, "--out", tmp_path / "double")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("compact: ") == 1                          # one process speaks
         one, two = log_of(tmp_path / "single"), log_of(tmp_path / "double")
@@ -1847,6 +1809,7 @@ def stepper(masked: bool, B: int, T: int):
     model = BertForQuestionAnswering(config).train()
     args = train.parse_args(["--speedup", "2"] if masked else [])
     groups = train.add_masks(model, args) if masked else []
+    prices = {"heads": [[0, 12], [0, 1]], "ffn": [[0, 3072], [0, 2]], "rest": 1, "dense": 37}
     run = SimpleNamespace(args=args, state={"prices": prices})
     optimizer = torch.optim.AdamW(prune.parameter_groups(model, 3e-5, 1e-2), fused=True)
     targets, count = torch.full((2 * B,), T // 2), itertools.count()

@@ -7,6 +7,7 @@ are made permanent; deletion; filling, on request.
     python train.py --block 32x32                                    # offline, about a minute
     python train.py --block 32x32 --model data/bert-base-uncased \\
         --train data/train-v1.1.json --dev data/dev-v1.1.json
+    python train.py --block 32x32 --speedup 2.5                      # so many times as fast
     python train.py --block 32x32 --resume                           # after a stop of any kind
     python train.py --eval out/compact --dev data/dev-v1.1.json      # scores of a saved model
     torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
@@ -433,9 +434,11 @@ def report(run, model, small, difference):
     layers = survivors(model)
     if run.args.speedup:
         prices = run.state["prices"]
-        summary["prices"] = prices
-        summary["speedup_asked"] = run.args.speedup
-        summary["speedup_predicted"] = prices["dense"] / price(prices, layers)
+        summary |= {
+            "prices": prices,
+            "speedup_asked": run.args.speedup,
+            "speedup_predicted": prices["dense"] / price(prices, layers),
+        }
     (run.out / "layers.svg").write_text(pictures.layers_svg(layers))
     save_json(run.out / "summary.json", summary)
     say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
