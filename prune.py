@@ -270,12 +270,13 @@ def alive(first, second, size=1):
 
     A dimension needs a block in its row of the first and in its column of the second.
     """
+    if not first.out_features:                                      # empty layers have no mask
+        return torch.ones(0)
     units = []
     for linear in (first, second):
         mask = linear.parametrizations.weight[0]
         units.append(mask.owner[0].kept.any(1).repeat_interleave(mask.block[0]))
-    both = units[0] & units[1]
-    return both[:first.out_features].view(-1, size).any(1)
+    return (units[0] & units[1])[:first.out_features].view(-1, size).any(1)
 
 
 def cubic(step, start, end, first, last):

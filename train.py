@@ -226,10 +226,11 @@ def say(text):
 
 def add_masks(model, args):
     """Mask the attention and the FFN matrices."""
-    attention = BlockGroup(model, args.block, ["*.query", "*.key", "*.value"],
-                           ["*.attention.output"], unit=model.config.head_size, method=args.method)
-    ffn = BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], method=args.method)
-    return [attention, ffn]
+    return [
+        BlockGroup(model, args.block, ["*.query", "*.key", "*.value"], ["*.attention.output"],
+                   unit=model.config.head_size, method=args.method),
+        BlockGroup(model, args.ffn_block, ["*.ffn.first"], ["*.ffn.second"], method=args.method)
+    ]
 
 
 def update_masks(run, model, groups, step, total):
@@ -365,10 +366,9 @@ class Run:
         prices = prices[0]
         say(pictures.price_table(prices))
         prices["dense"] = price(prices, survivors(model))
-        most = prices["dense"] / prices["rest"]
-        if self.args.speedup >= most:
+        if self.args.speedup * prices["rest"] >= prices["dense"]:
             raise ValueError(f"--speedup {self.args.speedup:g}: without any head or FFN dimension "
-                             f"it would be {most:.2f}; ask for less")
+                             f"it would be {prices['dense'] / prices['rest']:.2f}; ask for less")
         return prices
 
     def stage(self, name, model, epochs, groups=(), teacher=None):

@@ -35,7 +35,7 @@ def price_table(prices):
     rows = [*prices["heads"], *prices["ffn"]]
     lines = []
     for name, row in zip(("heads", "ms", "ffn", "ms"), rows):
-        lines.append(f"{name:>5}" + "".join(f"{number:>7.4g}" for number in row))
+        lines.append(f"{name:>5}" + "".join(f"{number:>8.4g}" for number in row))
     return "\n".join(lines)
 
 
