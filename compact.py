@@ -173,8 +173,7 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> tuple:
     ratios = []
     for _ in range(15):
         ratios.append(seconds(model, batch) / seconds(small, batch))
-    low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
-    return middle, low, high
+    return tuple(np.percentile(ratios, (50, 25, 75)).tolist())
 
 
 @torch.inference_mode()
@@ -230,9 +229,10 @@ def survivors(model, alive=alive):
     layers = []
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
-        heads = alive(a.value, a.output, a.head_size)
-        dimensions = alive(f.first, f.second)
-        layers.append({"heads": heads.tolist(), "ffn": dimensions.tolist()})
+        layers.append({
+            "heads": alive(a.value, a.output, a.head_size).tolist(),
+            "ffn": alive(f.first, f.second).tolist(),
+        })
     return layers
 
 
@@ -257,18 +257,19 @@ def sizes(model, small):
 
 def main(argv=None):
     import data  # only here: this file works alone
+    from data import pictures
     parser = data.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of a saved model")
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("target", nargs="?", help="folder to write the compact model to")
-    choice.add_argument("--expand", metavar="FOLDER", help="write it in the dense shapes, to there")
-    choice.add_argument("--compare", metavar="FOLDER", help="size and speed of a smaller model")
-    choice.add_argument("--ask", metavar="TEXT", help="a question; a classifier's text; an answer")
-    parser.add_argument("--context", metavar="FILE", help="a text file")
-    parser.add_argument("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
-    parser.add_argument("--columns", help="of a table, as train.py's")
-    parser.add_argument("--bfloat16", action="store_true", help="of half the size; faster on a "
-                        "processor with avx512_bf16, or a GPU")
+    add = parser.add_argument
+    add("model", help="folder of a saved model")
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one("target", nargs="?", help="folder to write the compact model to")
+    one("--expand", metavar="FOLDER", help="write it in the dense shapes, to there")
+    one("--compare", metavar="FOLDER", help="size and speed of a smaller model")
+    one("--ask", metavar="TEXT", help="a question; a classifier's text; an answer")
+    add("--context", metavar="FILE", help="a text file")
+    add("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
+    add("--columns", help="of a table, as train.py's")
+    add("--bfloat16", action="store_true", help="of half the size; fast with avx512_bf16 or a GPU")
     with data.one_line_errors():
         args = parser.parse_args(argv)
         model, tokenizer, task = data.open_model(args.model)
@@ -290,14 +291,14 @@ def main(argv=None):
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")
-            print(data.pictures.layer_table(survivors(model)))
-        print(data.pictures.size_list(sizes(model, small)))
-        print(data.pictures.speed_line(*speedup(model, small, inputs[0])))
+            print(pictures.layer_table(survivors(model)))
+        print(pictures.size_list(sizes(model, small)))
+        print(pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.bfloat16:
             for dtype in (torch.float32, torch.bfloat16):
                 predictions = task.predict(small.to(dtype), tokenizer, examples, settings)
                 print(f"{dtype}: {task.score(predictions, examples)}")
-            print("in bfloat16,", data.pictures.speed_line(*speedup(model, small, inputs[0])))
+            print("in bfloat16,", pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.target:
             data.save_model(small, args.target, args.model)
 

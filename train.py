@@ -76,9 +76,8 @@ def whole_run(args):
     """The story: fine-tune, prune, delete, fill."""
     run, model, teacher_model = prepare(args)
     model = run.stage("dense", model, args.dense_epochs)
-    teacher = None
-    if args.distill and args.epochs + args.fill_epochs:
-        teacher = Teacher(teacher_model or model, run)
+    taught = args.distill and args.epochs + args.fill_epochs
+    teacher = Teacher(teacher_model or model, run) if taught else None
     groups = add_masks(model, args)
     model = run.stage("pruned", model, args.epochs, groups, teacher)
     small = compact(model)
@@ -151,6 +150,8 @@ def fit(run, stage, model, epochs, groups, teacher):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = update_masks(run, model, groups, step, total)
+        if groups and (step + 1) * 20 % total < 20:                      # twenty times
+            run.state["history"].append(survivors(model, alive))
         loss = batch_loss(run, parallel, schedule[step], teacher) + penalty
         loss.backward()
         nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
@@ -289,7 +290,8 @@ def prepare(args):
 
 
 def take_layers(model, layers):
-    """Leave all other layers out. Raises ValueError."""
+    """Leave all layers out but these, as in "0,2,4". Raises ValueError."""
+    layers = [int(number) for number in layers.split(",")]
     if len({*layers} & {*range(len(model.layers))}) < len(layers):
         raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, each once, not {layers}")
     model.layers = nn.ModuleList(model.layers[i] for i in layers)
@@ -323,7 +325,7 @@ class Run:
         }
         for name in ("out", "overwrite", "resume", "save_every"):            # these may change
             del settings[name]
-        self.state = {"settings": settings, "scores": {}}
+        self.state = {"settings": settings, "scores": {}, "history": []}
         say(f"{args.train or 'generated corpus'}: {len(train)} examples in {len(self.windows)} "
             f"windows to train on; {len(self.dev)} examples to evaluate on")
 
@@ -439,7 +441,7 @@ def report(run, model, small, difference):
             "speedup_asked": run.args.speedup,
             "speedup_predicted": prices["dense"] / price(prices, layers),
         }
-    (run.out / "layers.svg").write_text(pictures.layers_svg(layers))
+    (run.out / "layers.svg").write_text(pictures.layers_svg([*run.state["history"], layers]))
     save_json(run.out / "summary.json", summary)
     say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
 
@@ -474,10 +476,6 @@ def between(low, high, kind=float):
     return number
 
 
-def layer_numbers(text):
-    return list(map(int, text.split(",")))
-
-
 SHARE = between(0, 1)
 WHOLE = between(0, 1e9, int)
 POSITIVE = between(1, 1e9, int)
@@ -504,7 +502,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
     ("--epochs", WHOLE, 20, "epochs of fine-pruning"),
     ("--fill-epochs", WHOLE, 0, "epochs on what is left, its zeros set free"),
-    ("--layers", layer_numbers, None, "take only these layers, as in 0,2,4"),
+    ("--layers", str, None, "take only these layers, as in 0,2,4"),
     ("--batch-size", POSITIVE, 16, "windows in a training step"),
     ("--lr", SHARE, 3e-5, "learning rate of the weights"),
     ("--score-lr", SHARE, 1e-2, "learning rate of the scores"),

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import corpus
-from data.text import note
 from model import read_json
 
 FORMAT = "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"  # characters that nobody sees
@@ -36,12 +35,7 @@ def read(path, train=False):
 
     train: the span of every question's first answer is needed, too.
     """
-    questions = questions_of(read_json(path), path, train)
-    without = sum(not question.answers and not question.v2 for question in questions)
-    if without:
-        note(f"{path}: {without} questions have no answer, but are not said to be impossible: what "
-             "is predicted for them counts as wrong")
-    return questions
+    return questions_of(read_json(path), path, train)
 
 
 def generated(split):
@@ -127,7 +121,7 @@ def find_spans(questions, path):
 
     Raises ValueError, once for all those that are nowhere or in several places.
     """
-    lost, mended = [], 0
+    lost = []
     for question in questions:
         if not question.answers:
             continue
@@ -136,7 +130,6 @@ def find_spans(questions, path):
         if end is None and context.count(text) == 1:
             begin = context.index(text)
             end = begin + len(text)
-            mended += 1
         if end is None:
             lost.append(question.id)
         else:
@@ -145,9 +138,6 @@ def find_spans(questions, path):
         raise ValueError(f"{path}: {len(lost)} answers are neither at their offset nor in the "
                          f"context exactly once, as of question {', '.join(lost[:5])}; mend or "
                          "remove them")
-    if mended:
-        note(f"{path}: {mended} answers are not at their offset, but stand in the context once; "
-             "taken from there")
 
 
 def end_of(context, text, begin):

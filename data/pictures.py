@@ -1,21 +1,22 @@
 """Tables and pictures from numbers alone: what is left of every layer; score against speed of runs.
 
-    python data/pictures.py half=out/half quarter=out/quarter > chart.svg      # names of runs
+    python data/pictures.py SQuAD=out/half,out/quarter,1.98:0.95 MRPC=c > chart.svg
+
+The latter draws the runs of these folders, by task; 1.98:0.95 is a distilled model's speed and
+share of the dense score (compact.py --compare, train.py --eval).
 """
 import json
 import sys
-from itertools import groupby
-from pathlib import Path
 
-BLUE, ORANGE, GREY = "#2f81f7", "#e8740c", "#808080"           # seen on white and on black
+BLUE, GREY = "#2f81f7", "#808080"                              # seen on white and on black
+COLOURS = "#e8740c", BLUE, "#2da44e", "#a371f7"
+FADE = ('<animate attributeName="opacity" values="1;1;0;0" keyTimes="0;{:.3f};{:.3f};1" dur="12s" '
+        'repeatCount="indefinite"/>')
+# For those who want no motion: what goes is not there, as where nothing moves.
+STILL = '<style>@media (prefers-reduced-motion) {path[opacity="0"] {display: none}}</style>'
 # Speed and F1 on SQuAD v1.1 that the paper's authors publish for their networks made of BERT-base
 # (model cards of huggingface.co/madlag), whose own F1 is 88.5. The second was taught by BERT-large.
-PAPER = [
-    (2.44, 87.71),
-    (2.01, 89.19),
-    (1.96, 88.33),
-    (1.84, 88.72),
-]
+PAPER = [(2.44, 87.71), (2.01, 89.19), (1.96, 88.33), (1.84, 88.72)]
 
 
 def layer_table(layers):
@@ -87,62 +88,79 @@ def svg(width, height, parts):
             + "\n".join([*parts, "</svg>\n"]))
 
 
-def strip(kept, x, y, dashes=""):
-    """A line with a part for each head or FFN dimension: blue where it is kept; and how many."""
-    path = ""
-    for on, run in groupby(kept):
-        length = len(list(run))
-        path += f"h{length}" if on else f"m{length} 0"
-    scale = 220 / max(1, len(kept))
-    return (f'<g transform="translate({x} {y}) scale({scale:.4f} 1)" stroke-width="14" {dashes}>'
-            f'<path stroke="{GREY}" stroke-opacity=".3" d="M0 0h{len(kept)}"/>'
-            f'<path stroke="{BLUE}" d="M0 0{path}"/></g>'
+def strip(moments, x, y, dashes=""):
+    """A line with a part for each head or FFN dimension; it fades at the moment it goes for good.
+
+    moments: what is kept, [True, False, ...], in the order of time; what the last one keeps stays.
+    """
+    kept, end = moments[-1], len(moments)
+    groups = {}                                      # parts, by the last moment that kept them
+    for i, history in enumerate(zip(*moments)):
+        last = max(moment * on for moment, on in enumerate(history, 1))
+        groups[last] = groups.get(last, "") + f"M{i} 0h1"
+    paths = f'<path stroke="{GREY}" stroke-opacity=".3" d="M0 0h{len(kept)}"/>'
+    for last, line in groups.items():
+        time = 0.8 * last / end                                          # of the twelve seconds
+        fade = FADE.format(time, time + 0.05) if last < end else ""
+        paths += f'<path stroke="{BLUE}" opacity="{int(last == end)}" d="{line}">{fade}</path>'
+    return (f'<g transform="translate({x} {y}) scale({220 / max(1, len(kept)):.4f} 1)" '
+            f'stroke-width="14" {dashes}>{paths}</g>'
             f'<text x="{x + 228}" y="{y + 4}">{sum(kept)} of {len(kept)}</text>')
 
 
-def layers_svg(layers):
-    """layer_table as a picture: a square is a head, a line is an FFN dimension."""
-    parts = ['<text x="60" y="14">heads (blue: kept)</text>',
+def layers_svg(moments):
+    """layer_table as a picture that moves: a square is a head, a line is an FFN dimension.
+
+    moments: layers as there, at some moments of the run.
+    """
+    parts = [STILL, '<text x="60" y="14">heads (blue: kept)</text>',
              '<text x="370" y="14">FFN dimensions</text>']
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(zip(*moments)):
         y = 32 + 22 * i
         parts.append(f'<text x="0" y="{y + 4}">layer {i}</text>')
-        parts.append(strip(layer["heads"], 60, y, 'stroke-dasharray=".85 .15"'))
-        parts.append(strip(layer["ffn"], 370, y))
-    return svg(700, 24 + 22 * len(layers), parts)
+        parts.append(strip([moment["heads"] for moment in layer], 60, y,
+                           'stroke-dasharray=".85 .15"'))
+        parts.append(strip([moment["ffn"] for moment in layer], 370, y))
+    return svg(700, 24 + 22 * len(moments[0]), parts)
 
 
-def chart(runs):
-    """An SVG of runs (name, speedup, share of the dense score) beside the paper's networks."""
-    parts = ['<text x="8" y="16">score, in percent of the dense model\'s</text>',
-             '<text x="690" y="395" text-anchor="end">times as fast as the dense model</text>',
-             f'<circle cx="400" cy="12" r="5" fill="{BLUE}"/>'
-             '<text x="410" y="16">these runs</text>',
-             f'<circle cx="500" cy="12" r="5" fill="{ORANGE}"/>'
-             '<text x="510" y="16">the paper\'s (BERT-base)</text>']
-    for percent in range(50, 101, 10):
-        y = 618 - 5.6 * percent
+def chart(tasks):
+    """An SVG of models (speed, share of the dense score, made smaller by pruning), by task."""
+    parts = ['<text x="8" y="16">score, in percent of the dense model\'s; hollow: distilled</text>',
+             '<text x="690" y="395" text-anchor="end">times as fast as the dense model</text>']
+    for percent in range(70, 101, 5):
+        y = 980 - 9.4 * percent
         parts.append(f'<path d="M60 {y:g}h630" stroke="{GREY}" stroke-opacity=".3"/>'
                      f'<text x="50" y="{y + 4:g}" text-anchor="end">{percent}</text>')
-    for speed in range(1, 7):
-        parts.append(f'<text x="{5 + 110 * speed}" y="375" text-anchor="middle">{speed}x</text>')
-    marks = [(*run, BLUE) for run in runs]
-    marks += [("", speed, f1 / 88.5, ORANGE) for speed, f1 in PAPER]
-    for name, speed, share, colour in marks:
-        x, y = 5 + 110 * speed, 618 - 560 * max(share, 0.5)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>'
-                     f'<text x="{x + 9:g}" y="{y + 4:g}">{name}</text>')
+    for speed in range(1, 6):
+        parts.append(f'<text x="{130 * speed - 70}" y="375" text-anchor="middle">{speed}x</text>')
+    for colour, (task, models) in zip(COLOURS, tasks.items()):
+        line = ""
+        for speed, share, pruned in sorted(models):
+            x, y = 130 * speed - 70, 980 - 940 * share
+            if pruned:
+                line += f"L{x:.1f} {y:.1f}"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" '
+                         f'fill="{colour if pruned else "none"}" stroke-width="2"/>')
+        parts.append(f'<path d="M{line[1:]}" stroke="{colour}" fill="none"/>'
+                     f'<text x="{x + 9:g}" y="{y + 4:g}" fill="{colour}">{task}</text>')
     return svg(700, 400, parts)
 
 
-def point(argument):
-    """Name, speedup and share of the dense score of a run's last model, from NAME=FOLDER."""
-    name, _, folder = argument.partition("=")
-    summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    last = summary.get("filled", summary["compact"])
+def model(argument):
+    """Speed and share of the dense score of a run's last model; or as given, SPEED:SHARE."""
+    if ":" in argument:
+        return (*map(float, argument.split(":")), False)
+    with open(f"{argument}/summary.json", encoding="utf-8") as file:
+        summary = json.load(file)
     headline = summary["headline"]
-    return name, summary["speedup"], last[headline] / (summary["dense"][headline] or 1)
+    last = summary.get("filled", summary["compact"])[headline]
+    return summary["speedup"], last / (summary["dense"][headline] or 1), True
 
 
 if __name__ == "__main__":
-    print(chart([point(argument) for argument in sys.argv[1:]]), end="")
+    tasks = {"the paper": [(speed, f1 / 88.5, True) for speed, f1 in PAPER]}
+    for argument in sys.argv[1:]:
+        name, _, models = argument.partition("=")
+        tasks[name] = [model(text) for text in models.split(",")]
+    print(chart(tasks), end="")

@@ -48,23 +48,18 @@ def make_windows(questions, tokenizer, settings):
         raise ValueError(f"--max-length {settings.max_length} has no room beside a question of "
                          f"{LONGEST} tokens; raise it")
     windows = []
-    cut = 0
     for question in questions:
         begin, end = question.span
         context = question.context
         texts = [question.text, context[begin:end], context[:begin], context[end:]]
         codes = tokenizer.encode_batch(texts, add_special_tokens=False)
         words, answer, before, behind = (code.ids for code in codes)
-        cut += len(words) > LONGEST or len(answer) > half
         words = words[:LONGEST]
         answer = answer[:half]
         side = half - len(answer)
         source = [cls, *answer, sep, *before[max(0, len(before) - side):], *answer, *behind[:side]]
         ids = torch.tensor([*source, sep, *words])
         windows.append(Window(question.id, ids, len(source), torch.tensor([*words, sep])))
-    if cut:
-        note(f"{cut} of {len(questions)} questions have more than {LONGEST} tokens, or answers of "
-             f"more than {half}; cut")
     return windows
 
 

@@ -23,7 +23,7 @@ import torch
 
 from data import articles
 from data.articles import generated, read  # noqa: F401 (task.read, ...)
-from data.text import Window, note, run_model
+from data.text import Window, run_model
 from model import BertForQuestionAnswering
 
 MODEL = BertForQuestionAnswering
@@ -60,7 +60,6 @@ def make_windows(questions, tokenizer, settings):
     codes = tokenizer.encode_batch([q.text for q in questions], add_special_tokens=False)
     context = None
     windows = []
-    long = 0                                                       # answers beyond --max-answer
     for question, code in zip(questions, codes):
         if question.context is not context:                        # once for all its questions
             context = question.context
@@ -71,7 +70,6 @@ def make_windows(questions, tokenizer, settings):
             raise ValueError(f"{question.file}: question {question.id}: its context has no token; "
                              "remove it")
         start, end = answer_tokens(question, offsets)              # -1, in no window: no answer
-        long += end - start >= settings.max_answer
         prefix = [cls, *code.ids, sep]
         room = settings.max_length - len(prefix) - 1
         if room <= settings.stride:
@@ -86,9 +84,6 @@ def make_windows(questions, tokenizer, settings):
                 targets = torch.tensor([start, end]) - low + len(prefix)
             windows.append(SpanWindow(question.id, tokens, len(prefix), targets, context,
                                       offsets[part]))
-    if long:
-        note(f"{long} answers have more than --max-answer {settings.max_answer} tokens: too long "
-             "to be predicted")
     return windows
 
 

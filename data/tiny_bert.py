@@ -5,7 +5,8 @@
     python data/corpus.py dev > dev.json
     python train.py --model start --train pretrain.json --dev dev.json \\
         --dense-epochs 3 --epochs 0 --batch-size 32 --lr 1e-3 --out made
-    python data/tiny_bert.py data/tiny-bert made/dense
+
+and `from_pretrained("made/dense", dtype=torch.float16).save_pretrained("data/tiny-bert")`.
 
 A question is a statement with a blank, "Anna Page was born in _.", or "Who is Anna?"; the answer
 stands in the paragraph (span selection, as in Ram et al., Few-Shot Question Answering by
@@ -23,22 +24,12 @@ sys.path.insert(0, str(SHIPPED.parent.parent))
 from data.text import copy_tokenizer  # noqa: E402
 from model import BertForQuestionAnswering  # noqa: E402
 
-
-def start(folder):
-    """Write random weights and the vocabulary."""
+if __name__ == "__main__":
+    folder = sys.argv[1]                                       # for random weights and vocabulary
     torch.manual_seed(0)
     model = BertForQuestionAnswering(BertForQuestionAnswering.from_pretrained(SHIPPED).config)
     angle = torch.arange(512)[:, None] / 10_000 ** (torch.arange(64) / 64)
-    waves = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)               # (positions, C)
+    waves = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)                # (positions, C)
     model.embeddings.position.weight.data = waves / 7
     model.save_pretrained(folder)
     copy_tokenizer(SHIPPED, folder)
-
-
-if __name__ == "__main__":
-    target, *trained = sys.argv[1:]
-    if trained:                                                # to be written, in float16
-        BertForQuestionAnswering.from_pretrained(trained[0]).half().save_pretrained(target)
-        copy_tokenizer(trained[0], target)
-    else:
-        start(target)
