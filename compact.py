@@ -16,7 +16,7 @@ constant moves into the next bias.
     dimensions = compact_ffn(first, second, activation)
     small = compact(pruned)                                                # of this project's
     python compact.py out/pruned out/small                                 # delete, prove, measure
-    python compact.py out/pruned out/small --bfloat16                      # and halve: of 16 bits
+    python compact.py out/pruned out/small --bfloat16                      # weights of 16 bits
     python compact.py out/filled --expand out/bert         # back in the dense shapes, with zeros
     python compact.py out/dense --compare out/filled       # size and speed of a smaller one
     python compact.py out/compact --ask "Who ...?" --context FILE
@@ -27,7 +27,6 @@ Source: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.
 Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 """
 import copy
-import math
 from dataclasses import replace
 from time import perf_counter
 
@@ -55,9 +54,8 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
 
 
 @torch.no_grad()
-def compact_ffn(first: nn.Linear, second: nn.Linear,
-                activation) -> int:
-    """Delete the FFN dimensions of one layer that only add a constant, in place; returns the rest.
+def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
+    """Delete the FFN dimensions that only add a constant, in place; how many are left.
 
     first: (C -> F), second: (F -> C), both with or without bias; activation: tensor -> tensor.
     """
@@ -156,7 +154,7 @@ def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> floa
         a, b = model(*batch), small(*batch)
         difference = torch.maximum(difference, (a - b).abs().max())         # NaN if any is
         largest = torch.maximum(largest, a[a > -1e4].abs().max())
-    if not difference <= 1e-4 * max(1.0, largest.item()) < math.inf:
+    if not difference <= 1e-4 * max(1.0, largest.item()) < torch.inf:
         raise ArithmeticError(f"pruned and compact model differ by {difference:.2g} in logits of "
                               f"up to {largest:.2g}: more than float32's rounding")
     return difference.item()
@@ -168,8 +166,6 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> tuple:
 
     Both run in turn on the same batch, so that a busy machine slows both, and shows as spread.
     """
-    model.eval()
-    small.eval()
     ratios = []
     for _ in range(15):
         ratios.append(seconds(model, batch) / seconds(small, batch))
@@ -187,8 +183,8 @@ def price_list(model, batch):
     heads = [*range(config.num_attention_heads + 1)]
     widths = [config.intermediate_size * i * i // 64 for i in range(9)]
     layers = [kind(config, n, 0) for n in heads] + [kind(config, 0, n) for n in widths]
-    layers = nn.ModuleList(layers).to(batch[0].device).eval()
-    empty = copy.deepcopy(model).eval()
+    layers = nn.ModuleList(layers).to(batch[0].device)
+    empty = copy.deepcopy(model)
     empty.layers = nn.ModuleList([layers[0]] * len(model.layers))
     hidden = model.embeddings(batch[0], batch[2]), model.mask(batch[1], batch[2])
     calls = [(empty, batch)] + [(layer, hidden) for layer in layers]
@@ -209,10 +205,11 @@ def price(prices, layers):
 
 
 def seconds(model, batch):
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)    # from now on, freed memory is kept for reuse
-    model(*batch)                                    # warms up
-    begin = perf_counter()
-    model(*batch).sum().item()                                      # .item() waits for a GPU
+    model.eval()
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)    # freed at once: glibc then keeps freed memory
+    for _ in range(2):                               # the first warms up
+        begin = perf_counter()
+        model(*batch).sum().item()                   # .item() waits for a GPU
     return perf_counter() - begin
 
 
@@ -224,14 +221,14 @@ def linear_weights(layers, count=Tensor.numel):
 def survivors(model, alive=alive):
     """Which heads and FFN dimensions of every layer deletion would leave: {"heads", "ffn"}.
 
-    alive: how to tell; a model that still has its masks needs prune.py's.
+    alive: this file's looks at the weights, prune.py's at the masks of a model that has them.
     """
     layers = []
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
         layers.append({
             "heads": alive(a.value, a.output, a.head_size).tolist(),
-            "ffn": alive(f.first, f.second).tolist(),
+            "ffn": alive(f.first, f.second).tolist()
         })
     return layers
 
@@ -257,7 +254,6 @@ def sizes(model, small):
 
 def main(argv=None):
     import data  # only here: this file works alone
-    from data import pictures
     parser = data.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", help="folder of a saved model")
@@ -275,10 +271,9 @@ def main(argv=None):
         model, tokenizer, task = data.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         settings = data.text.Settings(length, length // 3)
-        if args.bfloat16 and (args.ask or args.expand):
-            model.bfloat16()
         if args.ask:
             example = task.example(args.ask, args.context)
+            model = model.bfloat16() if args.bfloat16 else model
             print(task.predict(model, tokenizer, [example], settings)["--ask"])
             return
         if args.expand:
@@ -287,18 +282,19 @@ def main(argv=None):
         examples = data.read_examples(task, args.dev, "dev", args.columns)
         inputs = data.sample_inputs(task.make_windows(examples, tokenizer, settings), tokenizer)
         if args.compare:
-            small = data.open_model(args.compare)[0]
+            small = data.open_model(args.compare, task)[0]
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")
-            print(pictures.layer_table(survivors(model)))
-        print(pictures.size_list(sizes(model, small)))
-        print(pictures.speed_line(*speedup(model, small, inputs[0])))
+            print(data.pictures.layer_table(survivors(model)))
+        print(data.pictures.size_list(sizes(model, small)))
+        print(data.pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.bfloat16:
+            settings.labels = model.config.labels
             for dtype in (torch.float32, torch.bfloat16):
                 predictions = task.predict(small.to(dtype), tokenizer, examples, settings)
                 print(f"{dtype}: {task.score(predictions, examples)}")
-            print("in bfloat16,", pictures.speed_line(*speedup(model, small, inputs[0])))
+            print("in bfloat16,", data.pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.target:
             data.save_model(small, args.target, args.model)
 

@@ -130,19 +130,16 @@ class Attention(nn.Module):
         """x (B, T, C); mask (B, 1, 1 or T, T): who sees whom; earlier: keys and values."""
         if self.heads == 0:
             return self.output.bias.expand_as(x)                                    # a constant
-        q = self.split(self.query(x))                                               # (B, H, T, D)
-        k = self.split(self.key(x))
-        v = self.split(self.value(x))
+        q, k, v = (
+            linear(x).unflatten(2, (self.heads, self.head_size)).transpose(1, 2)    # (B, H, T, D)
+            for linear in (self.query, self.key, self.value)
+        )
         if earlier is not None:
             earlier.append((k, v))
             k, v = (torch.cat(parts, 2) for parts in zip(*earlier))
         dropout = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.output(x.transpose(1, 2).flatten(2))                                 # (B, T, C)
-
-    def split(self, x):
-        """(B, T, H D) -> (B, H, T, D)"""
-        return x.unflatten(2, (self.heads, self.head_size)).transpose(1, 2)
 
 
 class FFN(nn.Module):
@@ -233,7 +230,8 @@ class Bert(nn.Module):
             with torch.device("meta"):                       # shapes only: no memory until checked
                 model = cls(BertConfig.of(values))
         except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"{path}: {error}; mend it or get it again") from None
+            raise ValueError(f"{path}: {type(error).__name__}: {error}; mend it or get it "
+                             "again") from None
         file, tensors = read_weights(Path(folder))
         tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
         missing = []
@@ -276,7 +274,7 @@ class BertForQuestionAnswering(Bert):
 
     def output(self, x, attention_mask, token_type_ids):
         """Start and end logits, (B, 2, T), start first; padding gets -1e4, which is finite."""
-        logits = self.span(x).transpose(1, 2)                                            # (B, 2, T)
+        logits = self.span(x).transpose(1, 2).float()                                    # (B, 2, T)
         return logits.masked_fill(attention_mask[:, None] == 0, -1e4)
 
 

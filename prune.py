@@ -167,10 +167,9 @@ class BlockGroup:
     def keep(self, density: float):
         """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.
 
-        Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
+        By magnitude: as of the last `measure`, which `advance` and `keep_most` call. Raises
+        ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
         """
-        if self.method == "magnitude":
-            self.measure_magnitudes()
         scores = torch.cat([scores.flatten() for scores in self.scores])
         if scores.isnan().any():
             raise ArithmeticError("scores are NaN; lower the learning rates, or clip gradients")
@@ -179,8 +178,11 @@ class BlockGroup:
         for mask, part in zip(self.masks, kept.split(sizes)):
             mask.kept.copy_(part.view_as(mask.kept))
 
-    def measure_magnitudes(self):
-        """Every block's score is its mean |W|, over all the matrices that share it."""
+    @torch.no_grad()
+    def measure(self):
+        """By magnitude, a block's score is its mean |W|, over all the matrices that share it."""
+        if self.method != "magnitude":
+            return
         for mask, linears in zip(self.masks, self.sharing):
             weights = [linear.parametrizations.weight for linear in linears]
             sizes = [masked[0].magnitude(masked.original) for masked in weights]
@@ -214,6 +216,7 @@ class BlockGroup:
         if soft:
             self.keep_above(cubic(step, start, end, 0.0, TAU))
             return cubic(step, start, end, 0.0, lambda_) * self.penalty()
+        self.measure()
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
 
@@ -233,8 +236,8 @@ def check_free(model, linears):
     for linear in linears:
         if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
             raise ValueError("a layer is masked twice; let one pattern match it")
-        parameters = model.named_parameters(remove_duplicate=False)
-        names = [name for name, parameter in parameters if parameter is linear.weight]
+        names = [name for name, module in model.named_modules()
+                 if getattr(module, "weight", None) is linear.weight]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} share one weight: a mask on one would change "
                              "the other; leave both out, or give each its own")
@@ -252,9 +255,11 @@ def best(scores, k):
 def keep_most(groups, fits):
     """Keep the best share v of every group's blocks, the greatest with which fits() is true.
 
-    fits() looks at the masks. By bisection, to the block; a block of each group always stays.
+    fits() looks at the masks. By bisection, to the block; a block of each group stays, fit or not.
     """
-    steps = 2 ** 17                                                 # finer than a block
+    for group in groups:
+        group.measure()
+    steps = 2 ** 20                                                 # finer than a block
     least = ceil(steps / min(group.blocks for group in groups))
 
     def too_many(n):

@@ -20,7 +20,6 @@ Shapes in comments: T tokens, N targets of a batch, n of a window, K positions o
 import argparse
 import copy
 import json
-import math
 import os
 import shutil
 import sys
@@ -46,7 +45,7 @@ from compact import (
     survivors,
 )
 from data import DEVICE, RANK, TASKS, WORLD, glue, pictures, questions
-from data.text import batches, collate, note, run_model
+from data.text import batches, collate, run_model
 from model import read_torch, save_json, whole_file
 from prune import METHODS, BlockGroup, alive, bake, cubic, keep_most, parameter_groups
 
@@ -150,7 +149,7 @@ def fit(run, stage, model, epochs, groups, teacher):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = update_masks(run, model, groups, step, total)
-        if groups and (step + 1) * 20 % total < 20:                      # twenty times
+        if groups and (step + 1) * 20 % total < 20:                      # for layers.svg
             run.state["history"].append(survivors(model, alive))
         loss = batch_loss(run, parallel, schedule[step], teacher) + penalty
         loss.backward()
@@ -166,7 +165,7 @@ def fit(run, stage, model, epochs, groups, teacher):
         }
         for name, group in zip(("attention", "ffn"), groups):
             line[f"{name}_density"] = group.density
-        if not math.isfinite(line["loss"]):
+        if not abs(line["loss"]) < torch.inf:
             raise ArithmeticError(f"{stage}: {line}: the loss is no number; lower --lr")
         run.log.write(json.dumps({"stage": stage, **line}) + "\n")
         bar.set_postfix(line, refresh=False)
@@ -283,15 +282,14 @@ def prepare(args):
         take_layers(model, args.layers)
     with torch.device("meta"):                                   # tried out, before all the work
         for group in add_masks(type(model)(model.config), args):
-            group.blocks_to_keep(args.density)
+            group.blocks_to_keep(1.0 if args.speedup else args.density)
     run = Run(args, task, tokenizer, train)
     run.claim(model)
     return run, model, teacher
 
 
 def take_layers(model, layers):
-    """Leave all layers out but these, as in "0,2,4". Raises ValueError."""
-    layers = [int(number) for number in layers.split(",")]
+    """Leave all other layers out. Raises ValueError."""
     if len({*layers} & {*range(len(model.layers))}) < len(layers):
         raise ValueError(f"--layers: 0 to {len(model.layers) - 1}, each once, not {layers}")
     model.layers = nn.ModuleList(model.layers[i] for i in layers)
@@ -361,13 +359,13 @@ class Run:
             self.save()
 
     def ask_prices(self, model):
-        """The first process's price list, for all of them. Raises ValueError if it is too long."""
+        """The first process's price list, for all. Raises ValueError for a speed beyond it."""
         prices = [None if RANK else price_list(model, self.samples[0])]
         if WORLD > 1:
             distributed.broadcast_object_list(prices, device=DEVICE)
         prices = prices[0]
         say(pictures.price_table(prices))
-        prices["dense"] = price(prices, survivors(model))
+        prices["dense"] = price(prices, survivors(type(model)(model.config)))     # without zeros
         if self.args.speedup * prices["rest"] >= prices["dense"]:
             raise ValueError(f"--speedup {self.args.speedup:g}: without any head or FFN dimension "
                              f"it would be {prices['dense'] / prices['rest']:.2f}; ask for less")
@@ -439,7 +437,7 @@ def report(run, model, small, difference):
         summary |= {
             "prices": prices,
             "speedup_asked": run.args.speedup,
-            "speedup_predicted": prices["dense"] / price(prices, layers),
+            "speedup_predicted": prices["dense"] / price(prices, layers)
         }
     (run.out / "layers.svg").write_text(pictures.layers_svg([*run.state["history"], layers]))
     save_json(run.out / "summary.json", summary)
@@ -449,8 +447,6 @@ def report(run, model, small, difference):
 def evaluate(args):
     """Scores of a saved model's folder, or of a predictions.json."""
     task = TASKS[args.task or "qa"]
-    if args.dev is None:
-        note("no --dev: this is the generated corpus")
     saved = Path(args.eval).is_dir()
     if saved:
         model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
@@ -502,7 +498,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
     ("--epochs", WHOLE, 20, "epochs of fine-pruning"),
     ("--fill-epochs", WHOLE, 0, "epochs on what is left, its zeros set free"),
-    ("--layers", str, None, "take only these layers, as in 0,2,4"),
+    ("--layers", lambda text: [*map(int, text.split(","))], None, "take only these, as in 0,2,4"),
     ("--batch-size", POSITIVE, 16, "windows in a training step"),
     ("--lr", SHARE, 3e-5, "learning rate of the weights"),
     ("--score-lr", SHARE, 1e-2, "learning rate of the scores"),
@@ -549,9 +545,10 @@ def check(args):
         for name in STAGES:
             if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
                 raise ValueError(f"{path}: the run would write over it; give another --out")
-    if args.speedup and (args.method == "soft-movement" or "1x1" in (args.block, args.ffn_block)):
-        raise ValueError("--speedup needs blocks that are ranked, and more than single weights, "
-                         "which buy no speed; give another --method, --block or --ffn-block")
+    single = "1x1" in (args.block, args.ffn_block)
+    if args.speedup and (single or args.method == "soft-movement" or not args.epochs):
+        raise ValueError("--speedup needs --epochs, and ranked blocks larger than 1x1: single "
+                         "weights buy no speed; give another --method, --block or --ffn-block")
     if args.warmup + args.cooldown >= 1:
         raise ValueError("--warmup and --cooldown together leave no step to prune in")
 

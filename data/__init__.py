@@ -83,6 +83,7 @@ def save_model(model, folder, source):
 def read_examples(task, path, split, columns):
     """The examples of a file, or of the generated corpus; split: "train" or "dev"."""
     if path is None:
+        text.note("no file is given: this is the generated corpus")
         return task.generated(split)
     if task is glue:
         return glue.read(path, columns)

@@ -25,8 +25,8 @@ COLUMNS = [                                  # one or two texts, and the label
     "sentence,label",                                   # SST-2
     "#1 String,#2 String,Quality",                      # MRPC
     "question1,question2,is_duplicate",                 # QQP
-    "sentence1,sentence2,gold_label",                   # MNLI
     "sentence1,sentence2,label",                        # RTE
+    "sentence1,sentence2,gold_label"                    # MNLI, without rows of the label "-"
 ]
 
 
