@@ -9,7 +9,7 @@ import json
 import sys
 
 BLUE, GREY = "#2f81f7", "#808080"                              # seen on white and on black
-COLOURS = "#e8740c", BLUE, "#2da44e", "#a371f7"
+COLOURS = "#e8740c", BLUE, "#2da44e", "#a371f7", "#d63384"
 FADE = ('<animate attributeName="opacity" values="1;1;0;0" keyTimes="0;{:.3f};{:.3f};1" dur="12s" '
         'repeatCount="indefinite"/>')
 # For those who want no motion: what goes is not there, as where nothing moves.
@@ -155,7 +155,7 @@ def model(argument):
         summary = json.load(file)
     headline = summary["headline"]
     last = summary.get("filled", summary["compact"])[headline]
-    return summary["speedup"], last / (summary["dense"][headline] or 1), True
+    return summary["speedup"], last / summary["dense"][headline], True
 
 
 if __name__ == "__main__":
