@@ -157,12 +157,8 @@ def fit(run, stage, model, epochs, groups, teacher):
         nn.utils.clip_grad_norm_(scores, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        line = {
-            "epoch": 1 + step * epochs // total,
-            "step": step,
-            "lr": lr,
-            "loss": mean_of_processes(loss),
-        }
+        line = {"epoch": 1 + step * epochs // total, "step": step, "lr": lr,
+                "loss": mean_of_processes(loss)}
         for name, group in zip(("attention", "ffn"), groups):
             line[f"{name}_density"] = group.density
         if not abs(line["loss"]) < torch.inf:
@@ -315,12 +311,8 @@ class Run:
         self.dev = data.read_examples(task, args.dev, "dev", args.columns)
         self.windows = task.make_windows(train, tokenizer, args)
         self.samples = data.sample_inputs(task.make_windows(self.dev, tokenizer, args), tokenizer)
-        settings = {
-            **vars(args),
-            "train": fingerprint(train),
-            "dev": fingerprint(self.dev),
-            "processes": WORLD,
-        }
+        settings = {**vars(args), "processes": WORLD,
+                    "train": fingerprint(train), "dev": fingerprint(self.dev)}
         for name in ("out", "overwrite", "resume", "save_every"):            # these may change
             del settings[name]
         self.state = {"settings": settings, "scores": {}, "history": []}
