@@ -161,15 +161,13 @@ def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> floa
 
 
 @torch.inference_mode()
-def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> tuple:
+def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
     """How many times faster `small` is: median, lower and upper quartile of 15 ratios.
 
     Both run in turn on the same batch, so that a busy machine slows both, and shows as spread.
     """
-    ratios = []
-    for _ in range(15):
-        ratios.append(seconds(model, batch) / seconds(small, batch))
-    return tuple(np.percentile(ratios, (50, 25, 75)).tolist())
+    ratios = [seconds(model, batch) / seconds(small, batch) for _ in range(15)]
+    return np.percentile(ratios, (50, 25, 75)).tolist()
 
 
 @torch.inference_mode()
@@ -282,7 +280,9 @@ def main(argv=None):
         examples = data.read_examples(task, args.dev, "dev", args.columns)
         inputs = data.sample_inputs(task.make_windows(examples, tokenizer, settings), tokenizer)
         if args.compare:
-            small = data.open_model(args.compare, task)[0]
+            small, other, _ = data.open_model(args.compare, task, length)
+            if other.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(f"{args.compare}: has other tokens; compare models of one origin")
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")

@@ -245,11 +245,10 @@ def check_free(model, linears):
 
 def best(scores, k):
     """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n."""
-    threshold = scores.kthvalue(scores.numel() - k + 1).values
+    threshold = scores.kthvalue(len(scores) - k + 1).values
     kept = scores > threshold
-    ties = (scores == threshold).nonzero().flatten()
-    kept[ties[:k - int(kept.sum())]] = True
-    return kept
+    ties = scores == threshold
+    return kept | ties & (ties.cumsum(0) <= k - kept.sum())
 
 
 def keep_most(groups, fits):

@@ -142,7 +142,7 @@ def chart(tasks):
                 line += f"L{x:.1f} {y:.1f}"
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" '
                          f'fill="{colour if pruned else "none"}" stroke-width="2"/>')
-        parts.append(f'<path d="M{line[1:]}" stroke="{colour}" fill="none"/>'
+        parts.append(f'<path d="{line.replace("L", "M", 1)}" stroke="{colour}" fill="none"/>'
                      f'<text x="{x + 9:g}" y="{y + 4:g}" fill="{colour}">{task}</text>')
     return svg(700, 400, parts)
 
