@@ -269,9 +269,10 @@ def main(argv=None):
         model, tokenizer, task = data.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         settings = data.text.Settings(length, length // 3)
+        if args.bfloat16 and (args.ask or args.expand):
+            model.bfloat16()
         if args.ask:
             example = task.example(args.ask, args.context)
-            model = model.bfloat16() if args.bfloat16 else model
             print(task.predict(model, tokenizer, [example], settings)["--ask"])
             return
         if args.expand:
@@ -292,8 +293,10 @@ def main(argv=None):
         if args.bfloat16:
             settings.labels = model.config.labels
             for dtype in (torch.float32, torch.bfloat16):
-                predictions = task.predict(small.to(dtype), tokenizer, examples, settings)
-                print(f"{dtype}: {task.score(predictions, examples)}")
+                small.to(dtype)
+                if args.dev:
+                    predictions = task.predict(small, tokenizer, examples, settings)
+                    print(f"{dtype}: {task.score(predictions, examples)}")
             print("in bfloat16,", data.pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.target:
             data.save_model(small, args.target, args.model)

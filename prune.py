@@ -11,10 +11,12 @@ moves its block away from zero and falls when it moves it towards zero. The best
 
 | method        | kept                                  | what decides about the size          |
 |---------------|---------------------------------------|--------------------------------------|
-| movement      | the best fraction v by score          | v, to the block: `keep(v)`; or what  |
-| magnitude     | the best fraction v by mean |W|       | it may cost: `keep_most`             |
+| movement      | the best fraction v by score          | v, to the block: `keep(v)`           |
+| magnitude     | the best fraction v by mean |W|       | v, to the block: `keep(v)`           |
 | soft-movement | every block with sigmoid(S) > tau     | lambda * mean(sigmoid(S)) in the     |
 |               |                                       | loss: `keep_above(tau)`, `penalty()` |
+
+v is what was asked for, or the greatest that meets another wish, such as a speed: `keep_most`.
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3;
 Sanh et al., Movement Pruning, 2020 (arXiv 2005.07683), sections 3 and 4 (all three methods).
@@ -206,13 +208,13 @@ class BlockGroup:
         lambda_  the final weight of soft movement's penalty
         Returns what is to be added to the loss: lambda(t) * penalty, or 0.
         """
+        soft = self.method == "soft-movement"
+        if (lambda_ if soft else density) is None:
+            raise ValueError("soft-movement takes a lambda_, other methods a density")
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(scores.any() for scores in self.scores):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
                           "masks, from parameter_groups(model, lr, score_lr)", stacklevel=2)
-        soft = self.method == "soft-movement"
-        if (density is None) != soft or (lambda_ is not None) != soft:
-            raise ValueError("soft-movement takes a lambda_, other methods a density")
         if soft:
             self.keep_above(cubic(step, start, end, 0.0, TAU))
             return cubic(step, start, end, 0.0, lambda_) * self.penalty()
@@ -236,8 +238,8 @@ def check_free(model, linears):
     for linear in linears:
         if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
             raise ValueError("a layer is masked twice; let one pattern match it")
-        names = [name for name, module in model.named_modules()
-                 if getattr(module, "weight", None) is linear.weight]
+        names = [name for name, weight in model.named_parameters(remove_duplicate=False)
+                 if weight is linear.weight]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} share one weight: a mask on one would change "
                              "the other; leave both out, or give each its own")
@@ -245,7 +247,7 @@ def check_free(model, linears):
 
 def best(scores, k):
     """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n."""
-    threshold = scores.kthvalue(len(scores) - k + 1).values
+    threshold = scores.topk(k, sorted=False).values.min()
     kept = scores > threshold
     ties = scores == threshold
     return kept | ties & (ties.cumsum(0) <= k - kept.sum())
@@ -258,18 +260,19 @@ def keep_most(groups, fits):
     """
     for group in groups:
         group.measure()
-    steps = 2 ** 20                                                 # finer than a block
+    steps = 2 ** 20                               # as fine as a block, up to a million of them
     least = ceil(steps / min(group.blocks for group in groups))
 
-    def too_many(n):
+    def keep(n):
         for group in groups:
             group.keep(n / steps)
-        return not fits()
+        return fits()
 
-    too_many(bisect_left(range(steps + 1), True, lo=least + 1, key=too_many) - 1)
+    first_too_many = bisect_left(range(steps + 1), True, lo=least + 1, key=lambda n: not keep(n))
+    keep(first_too_many - 1)
 
 
-def alive(first, second, size=1):
+def unmasked(first, second, size=1):
     """What the masks leave between two layers: dimensions (F,), or heads (H,) of `size`.
 
     A dimension needs a block in its row of the first and in its column of the second.
@@ -337,5 +340,4 @@ def parse_block(text):
     match = re.fullmatch("(all|[1-9][0-9]*)x(all|[1-9][0-9]*)", str(text))
     if not match:
         raise ValueError(f"block {text!r} makes no sense; give ROWSxCOLUMNS, as in \"32x32\"")
-    r, c = (None if size == "all" else int(size) for size in match.groups())
-    return r, c
+    return tuple(None if size == "all" else int(size) for size in match.groups())

@@ -47,7 +47,7 @@ from compact import (
 from data import DEVICE, RANK, TASKS, WORLD, glue, pictures, questions
 from data.text import batches, collate, run_model
 from model import read_torch, save_json, whole_file
-from prune import METHODS, BlockGroup, alive, bake, cubic, keep_most, parameter_groups
+from prune import METHODS, BlockGroup, bake, cubic, keep_most, parameter_groups, unmasked
 
 TEMPERATURE = 2.0                                                             # of distillation
 STAGES = ("dense", "pruned", "compact", "filled")
@@ -150,7 +150,7 @@ def fit(run, stage, model, epochs, groups, teacher):
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = update_masks(run, model, groups, step, total)
         if groups and (step + 1) * 20 % total < 20:                      # for layers.svg
-            run.state["history"].append(survivors(model, alive))
+            run.state["history"].append(survivors(model, unmasked))
         loss = batch_loss(run, parallel, schedule[step], teacher) + penalty
         loss.backward()
         nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
@@ -237,13 +237,11 @@ def update_masks(run, model, groups, step, total):
     if args.speedup and groups:
         prices = run.state["prices"]
         limit = prices["dense"] * cubic(step, start, end, 1.0, 1 / args.speedup)
-        keep_most(groups, lambda: price(prices, survivors(model, alive)) <= limit)
+        keep_most(groups, lambda: price(prices, survivors(model, unmasked)) <= limit)
         return 0.0
     penalty = 0.0
     for group, lambda_ in zip(groups, args.lambdas):
-        soft = args.method == "soft-movement"
-        goal = {"lambda_": lambda_} if soft else {"density": args.density}
-        penalty += group.advance(step, start, end, **goal)
+        penalty += group.advance(step, start, end, args.density, lambda_)
     return penalty
 
 
@@ -327,10 +325,11 @@ class Run:
         if resumes:
             settings = self.state["settings"]
             self.state = read_torch(checkpoint)
-            for name, then in self.state["settings"].items():
-                if settings.get(name) != then:
-                    raise ValueError(f"{checkpoint}: is of a run with {name} {then}, not "
-                                     f"{settings.get(name)}; give the same, or another --out")
+            then = self.state.get("settings", {})
+            for name, now in settings.items():
+                if then.get(name) != now:
+                    raise ValueError(f"{checkpoint}: is of a run with {name} {then.get(name)}, not "
+                                     f"{now}; give the same, or another --out")
             os.truncate(log, self.state["log"])              # to where it was at the checkpoint
         elif checkpoint.exists() and not summary.exists() and not self.args.overwrite:
             raise ValueError(f"{self.out}: holds an unfinished run; give --resume to go on with "

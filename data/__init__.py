@@ -130,7 +130,7 @@ def one_line_errors():
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped; the same command with --resume goes on with a run", status=130)
+        fail("stopped; train.py goes on with a run if given --resume", status=130)
     except OSError as error:
         if error.strerror is None:
             fail(str(error))

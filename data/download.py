@@ -37,6 +37,8 @@ def fetch(url, path):
             urlretrieve(url, part, lambda number, size, total: bar.update(size))
         if path.suffix == ".safetensors":
             read_safetensors(part)
+        if path.suffix == ".zip":
+            shutil.unpack_archive(part, DATA, "zip")
         part.replace(path)
     except (OSError, ValueError, HTTPException) as error:
         if path.name != "tokenizer_config.json":                     # not all checkpoints have one
@@ -50,17 +52,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--version", default="1.1", choices=("1.1", "2.0"), help="SQuAD's (default: 1.1)")
-    add("--glue", choices=("SST-2", "QQP", "MNLI"), help="instead of SQuAD")
+    add("--glue", choices=("SST-2", "QQP-clean", "MNLI"), help="instead of SQuAD")
     add("--model", default="bert-base-uncased", help="default: bert-base-uncased")
     args = parser.parse_args(argv)
     socket.setdefaulttimeout(60)
     for name in CHECKPOINT:
-        folder = DATA / args.model.rpartition("/")[2]
+        folder = DATA / Path(args.model).name
         fetch(f"{HUB}/{args.model}/resolve/main/{name}", folder / name)
     if args.glue:
         path = DATA / f"{args.glue}.zip"
         fetch(f"{GLUE}/{path.name}", path)
-        shutil.unpack_archive(path, DATA)
         return
     for split in ("train", "dev"):
         name = f"{split}-v{args.version}.json"

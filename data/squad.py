@@ -75,7 +75,7 @@ def make_windows(questions, tokenizer, settings):
         if room <= settings.stride:
             raise ValueError(f"{question.file}: question {question.id} leaves {room} of "
                              f"{settings.max_length} tokens, but windows overlap by "
-                             f"{settings.stride}; shorten it, lower --stride or raise --max-length")
+                             f"{settings.stride}; shorten it, or train.py's --stride")
         for low in range(0, max(len(ids) - settings.stride, 1), room - settings.stride):
             part = slice(low, low + room)
             tokens = torch.tensor([*prefix, *ids[part], sep])

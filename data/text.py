@@ -59,10 +59,11 @@ def note(message):
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """A checkpoint's WordPiece tokenizer: tokenizer.json, else vocab.txt. Raises ValueError."""
-    path = Path(folder) / "tokenizer.json"
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
     if not path.exists():
-        path = Path(folder) / "vocab.txt"
-    settings = read_if_there(Path(folder) / "tokenizer_config.json")
+        path = folder / "vocab.txt"
+    settings = read_if_there(folder / "tokenizer_config.json")
     kind = settings.get("tokenizer_class") or "BertTokenizer"
     if kind not in TOKENIZERS:
         raise ValueError(f"{folder}: its tokenizer is a {kind}; give one of {TOKENIZERS}")
@@ -153,7 +154,7 @@ def run_model(model, windows, pad, call=None):
     model.eval()
     device = next(model.parameters()).device
     # Long ones first, so that the memory they took serves the others.
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))[::-1]
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
     for indices in tqdm(split(order, 32), "evaluate", leave=False, disable=None):
         inputs, _ = collate([windows[i] for i in indices], pad, device)
         results = (call or model)(*inputs).cpu()
