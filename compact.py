@@ -204,7 +204,7 @@ def price(prices, layers):
 
 def seconds(model, batch):
     model.eval()
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)    # freed at once: glibc then keeps freed memory
+    torch.empty(2**23 - 2**14)                 # 32 MB, freed at once: glibc then keeps freed memory
     for _ in range(2):                               # the first warms up
         begin = perf_counter()
         model(*batch).sum().item()                   # .item() waits for a GPU
@@ -219,7 +219,7 @@ def linear_weights(layers, count=Tensor.numel):
 def survivors(model, alive=alive):
     """Which heads and FFN dimensions of every layer deletion would leave: {"heads", "ffn"}.
 
-    alive: this file's looks at the weights, prune.py's at the masks of a model that has them.
+    alive looks at the weights; prune.py's `unmasked` at the masks, of a model that has them.
     """
     layers = []
     for layer in model.layers:
@@ -250,9 +250,7 @@ def sizes(model, small):
 # --------------------------------------------------------------------------------- the command line
 
 
-def main(argv=None):
-    import data  # only here: this file works alone
-    parser = data.Parser(description=__doc__.splitlines()[0])
+def parse_args(parser, argv):
     add = parser.add_argument
     add("model", help="folder of a saved model")
     one = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -264,8 +262,14 @@ def main(argv=None):
     add("--dev", metavar="FILE", help="data to compare on (default: a corpus)")
     add("--columns", help="of a table, as train.py's")
     add("--bfloat16", action="store_true", help="of half the size; fast with avx512_bf16 or a GPU")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    import data  # only here: this file works alone
+    parser = data.Parser(description=__doc__.splitlines()[0])
     with data.one_line_errors():
-        args = parser.parse_args(argv)
+        args = parse_args(parser, argv)
         model, tokenizer, task = data.open_model(args.model)
         length = min(384, model.config.max_position_embeddings)
         settings = data.text.Settings(length, length // 3)
