@@ -30,7 +30,7 @@ import re
 import warnings
 from bisect import bisect_left
 from fnmatch import fnmatch
-from math import ceil
+from math import ceil, lcm
 
 import torch
 import torch.nn.functional as F
@@ -260,16 +260,17 @@ def keep_most(groups, fits):
     """
     for group in groups:
         group.measure()
-    steps = 2 ** 20                               # as fine as a block, up to a million of them
-    least = ceil(steps / min(group.blocks for group in groups))
+    blocks = [group.blocks for group in groups]
+    steps = 2 * lcm(*blocks)                         # every group's number changes at one of them
+    least = ceil(steps / min(blocks))
 
-    def keep(n):
+    def try_out(n):
+        """Keep n / steps; is that too many?"""
         for group in groups:
             group.keep(n / steps)
-        return fits()
+        return not fits()
 
-    first_too_many = bisect_left(range(steps + 1), True, lo=least + 1, key=lambda n: not keep(n))
-    keep(first_too_many - 1)
+    try_out(bisect_left(range(steps + 1), True, lo=least + 1, key=try_out) - 1)
 
 
 def unmasked(first, second, size=1):

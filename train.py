@@ -239,10 +239,8 @@ def update_masks(run, model, groups, step, total):
         limit = prices["dense"] * cubic(step, start, end, 1.0, 1 / args.speedup)
         keep_most(groups, lambda: price(prices, survivors(model, unmasked)) <= limit)
         return 0.0
-    penalty = 0.0
-    for group, lambda_ in zip(groups, args.lambdas):
-        penalty += group.advance(step, start, end, args.density, lambda_)
-    return penalty
+    return sum(group.advance(step, start, end, args.density, lambda_)
+               for group, lambda_ in zip(groups, args.lambdas))
 
 
 # ---------------------------------------------------------------------------- the data, the folder
