@@ -193,12 +193,15 @@ def price_list(model, batch):
     return {"heads": [heads, attention], "ffn": [widths, ffn], "rest": rest}
 
 
-def price(prices, layers):
-    """rest + the sum over the layers of heads[h] + ffn[f], in milliseconds; linear in between."""
+def price(prices, layers, least=1):
+    """rest + the sum over the layers of heads[h] + ffn[f], in milliseconds; linear in between.
+
+    h, f count what is True, or, where the layers hold ranks (see prune.py), what is >= least.
+    """
     total = prices["rest"]
     for layer in layers:
-        for part in ("heads", "ffn"):
-            total += np.interp(sum(layer[part]), *prices[part])
+        for part, units in layer.items():
+            total += np.interp((units >= least).sum(), *prices[part])
     return float(total)
 
 
@@ -217,7 +220,7 @@ def linear_weights(layers, count=Tensor.numel):
 
 
 def survivors(model, alive=alive):
-    """Which heads and FFN dimensions of every layer deletion would leave: {"heads", "ffn"}.
+    """Which heads (H,) and FFN dimensions (F,) of every layer deletion would leave.
 
     alive looks at the weights; prune.py's `unmasked` at the masks, of a model that has them.
     """
@@ -225,8 +228,8 @@ def survivors(model, alive=alive):
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
         layers.append({
-            "heads": alive(a.value, a.output, a.head_size).tolist(),
-            "ffn": alive(f.first, f.second).tolist()
+            "heads": alive(a.value, a.output, a.head_size).cpu(),
+            "ffn": alive(f.first, f.second).cpu()
         })
     return layers
 
@@ -267,6 +270,7 @@ def parse_args(parser, argv):
 
 def main(argv=None):
     import data  # only here: this file works alone
+    from data import pictures
     parser = data.Parser(description=__doc__.splitlines()[0])
     with data.one_line_errors():
         args = parse_args(parser, argv)
@@ -291,9 +295,9 @@ def main(argv=None):
         else:
             small = compact(model)
             print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}")
-            print(data.pictures.layer_table(survivors(model)))
-        print(data.pictures.size_list(sizes(model, small)))
-        print(data.pictures.speed_line(*speedup(model, small, inputs[0])))
+            print(pictures.layer_table(survivors(model)))
+        print(pictures.size_list(sizes(model, small)))
+        print(pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.bfloat16:
             settings.labels = model.config.labels
             for dtype in (torch.float32, torch.bfloat16):
@@ -301,7 +305,7 @@ def main(argv=None):
                 if args.dev:
                     predictions = task.predict(small, tokenizer, examples, settings)
                     print(f"{dtype}: {task.score(predictions, examples)}")
-            print("in bfloat16,", data.pictures.speed_line(*speedup(model, small, inputs[0])))
+            print("in bfloat16,", pictures.speed_line(*speedup(model, small, inputs[0])))
         if args.target:
             data.save_model(small, args.target, args.model)
 

@@ -30,12 +30,12 @@ import re
 import warnings
 from bisect import bisect_left
 from fnmatch import fnmatch
-from math import ceil, lcm
+from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parameters_to_vector, parametrize
 
 METHODS = ("movement", "soft-movement", "magnitude")
 TAU = 0.1                                       # soft movement pruning's final threshold
@@ -121,14 +121,15 @@ class BlockGroup:
         self.method = method
         r, c = parse_block(block)
         found = [find_linears(model, pattern) for pattern in (*rows, *columns)]
-        check_free(model, [linear for linears in found for linear in linears])
+        every = [linear for linears in found for linear in linears]
+        check_free(model, every)
         if c is None and r is not None and r % unit == 0:
-            counts = [len(linears) for linears in found]
+            counts = [*map(len, found)]
             if len(set(counts)) > 1:
                 raise ValueError(f"{block} ties layers together, but the patterns match {counts}")
-            self.sharing = list(zip(*found))                          # the n-th of every pattern
+            self.sharing = [*zip(*found)]                             # the n-th of every pattern
         else:
-            self.sharing = [(linear,) for linears in found for linear in linears]
+            self.sharing = [(linear,) for linear in every]
         if not self.sharing:
             raise ValueError("there is no weight to mask")
         transposed = {linear for linears in found[len(rows):] for linear in linears}
@@ -143,7 +144,7 @@ class BlockGroup:
                 attach.append((linear, mask))
             owner.scores.requires_grad_(method != "magnitude")
             self.masks.append(owner)
-        self.blocks = sum(scores.numel() for scores in self.scores)
+        self.blocks = len(parameters_to_vector(self.scores))
         for linear, mask in attach:
             # unsafe: without a check that would compute, and hold, every weight once
             parametrize.register_parametrization(linear, "weight", mask, unsafe=True)
@@ -165,36 +166,39 @@ class BlockGroup:
                              "blocks, and 1 at most")
         return round(density * self.blocks)
 
-    @torch.no_grad()
     def keep(self, density: float):
         """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.
 
-        By magnitude: as of the last `measure`, which `advance` and `keep_most` call. Raises
-        ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
+        Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
         """
-        scores = torch.cat([scores.flatten() for scores in self.scores])
-        if scores.isnan().any():
-            raise ArithmeticError("scores are NaN; lower the learning rates, or clip gradients")
-        kept = best(scores, self.blocks_to_keep(density))
-        sizes = [scores.numel() for scores in self.scores]
-        for mask, part in zip(self.masks, kept.split(sizes)):
+        self.set_masks(best(self.measure(), self.blocks_to_keep(density)))
+
+    def keep_above(self, tau):
+        """Keep the blocks with sigmoid(S) > tau."""
+        self.set_masks(self.measure().sigmoid() > tau)
+
+    def rank(self):
+        """For `keep_most`: M = the share of all blocks that are no better, so 1 for the best."""
+        order = self.measure().argsort(descending=True, stable=True)
+        self.set_masks(1 - order.argsort() / self.blocks)
+
+    def set_masks(self, values):
+        """Set M of all blocks, (blocks,)."""
+        for mask, part in zip(self.masks, values.split([*map(Tensor.numel, self.scores)])):
             mask.kept.copy_(part.view_as(mask.kept))
 
     @torch.no_grad()
     def measure(self):
-        """By magnitude, a block's score is its mean |W|, over all the matrices that share it."""
-        if self.method != "magnitude":
-            return
-        for mask, linears in zip(self.masks, self.sharing):
-            weights = [linear.parametrizations.weight for linear in linears]
-            sizes = [masked[0].magnitude(masked.original) for masked in weights]
-            mask.scores.copy_(sum(sizes) / len(sizes))
-
-    @torch.no_grad()
-    def keep_above(self, tau):
-        """Keep the blocks with sigmoid(S) > tau."""
-        for mask in self.masks:
-            mask.kept.copy_(mask.scores.sigmoid() > tau)
+        """The scores of all blocks, (blocks,); by magnitude, their mean |W| at this moment."""
+        if self.method == "magnitude":
+            for mask, linears in zip(self.masks, self.sharing):
+                weights = [linear.parametrizations.weight for linear in linears]
+                sizes = [masked[0].magnitude(masked.original) for masked in weights]
+                mask.scores.copy_(sum(sizes) / len(sizes))
+        scores = parameters_to_vector(self.scores)
+        if scores.isnan().any():
+            raise ArithmeticError("scores are NaN; lower the learning rates, or clip gradients")
+        return scores
 
     def penalty(self):
         """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
@@ -212,13 +216,12 @@ class BlockGroup:
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
         begun = self.method != "magnitude" and step > start + (end - start) / 10
-        if begun and not any(scores.any() for scores in self.scores):
+        if begun and not self.measure().any():
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
                           "masks, from parameter_groups(model, lr, score_lr)", stacklevel=2)
         if soft:
             self.keep_above(cubic(step, start, end, 0.0, TAU))
             return cubic(step, start, end, 0.0, lambda_) * self.penalty()
-        self.measure()
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
 
@@ -254,27 +257,20 @@ def best(scores, k):
 
 
 def keep_most(groups, fits):
-    """Keep the best share v of every group's blocks, the greatest with which fits() is true.
+    """Keep the best share of every group's blocks, the greatest that fits. First, `rank` each.
 
-    fits() looks at the masks. By bisection, to the block; a block of each group stays, fit or not.
+    fits(least): is what has M >= least little enough? By bisection, to the block; the best block of
+    each group stays, fit or not.
     """
-    for group in groups:
-        group.measure()
-    blocks = [group.blocks for group in groups]
-    steps = 2 * lcm(*blocks)                         # every group's number changes at one of them
-    least = ceil(steps / min(blocks))
-
-    def try_out(n):
-        """Keep n / steps; is that too many?"""
-        for group in groups:
-            group.keep(n / steps)
-        return not fits()
-
-    try_out(bisect_left(range(steps + 1), True, lo=least + 1, key=try_out) - 1)
+    masks = [mask for group in groups for mask in group.masks]
+    ranks = parameters_to_vector(mask.kept for mask in masks).unique().tolist()
+    least = ranks[bisect_left(ranks[:-1], True, key=fits)]
+    for mask in masks:
+        mask.kept.copy_(mask.kept >= least)
 
 
 def unmasked(first, second, size=1):
-    """What the masks leave between two layers: dimensions (F,), or heads (H,) of `size`.
+    """What the masks leave between two layers: M of dimensions (F,), or of heads (H,) of `size`.
 
     A dimension needs a block in its row of the first and in its column of the second.
     """
@@ -283,8 +279,8 @@ def unmasked(first, second, size=1):
     units = []
     for linear in (first, second):
         mask = linear.parametrizations.weight[0]
-        units.append(mask.owner[0].kept.any(1).repeat_interleave(mask.block[0]))
-    return (units[0] & units[1])[:first.out_features].view(-1, size).any(1)
+        units.append(mask.owner[0].kept.amax(1).repeat_interleave(mask.block[0]))
+    return torch.minimum(*units)[:first.out_features].view(-1, size).amax(1)
 
 
 def cubic(step, start, end, first, last):

@@ -237,7 +237,10 @@ def update_masks(run, model, groups, step, total):
     if args.speedup and groups:
         prices = run.state["prices"]
         limit = prices["dense"] * cubic(step, start, end, 1.0, 1 / args.speedup)
-        keep_most(groups, lambda: price(prices, survivors(model, unmasked)) <= limit)
+        for group in groups:
+            group.rank()
+        layers = survivors(model, unmasked)                       # ranks, not yet True and False
+        keep_most(groups, lambda least: price(prices, layers, least) <= limit)
         return 0.0
     return sum(group.advance(step, start, end, args.density, lambda_)
                for group, lambda_ in zip(groups, args.lambdas))

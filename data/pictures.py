@@ -20,12 +20,12 @@ PAPER = [(2.44, 87.71), (2.01, 89.19), (1.96, 88.33), (1.84, 88.72)]
 
 
 def layer_table(layers):
-    """What is left of every layer: {"heads": [True, ...], "ffn": [False, ...]}."""
+    """What is left of every layer: {"heads": (H,), "ffn": (F,)}, tensors of True and False."""
     lines = ["layer      heads                FFN dimensions"]
     for i, layer in enumerate(layers):
         line = f"{i:>5}"
-        for kept in (layer["heads"], layer["ffn"]):
-            filled = round(12 * sum(kept) / max(1, len(kept)))
+        for kept in layer.values():
+            filled = 12 * int(sum(kept)) // max(1, len(kept))
             line += f"{sum(kept):>7} of {len(kept):<5}{'#' * filled:.<12}"
         lines.append(line)
     return "\n".join(lines)
@@ -33,9 +33,8 @@ def layer_table(layers):
 
 def price_table(prices):
     """What a layer's heads, and its FFN dimensions, take on this machine, in milliseconds."""
-    rows = [*prices["heads"], *prices["ffn"]]
     lines = []
-    for name, row in zip(("heads", "ms", "ffn", "ms"), rows):
+    for name, row in zip(("heads", "ms", "ffn", "ms"), [*prices["heads"], *prices["ffn"]]):
         lines.append(f"{name:>5}" + "".join(f"{number:>8.4g}" for number in row))
     return "\n".join(lines)
 
@@ -118,9 +117,9 @@ def layers_svg(moments):
     for i, layer in enumerate(zip(*moments)):
         y = 32 + 22 * i
         parts.append(f'<text x="0" y="{y + 4}">layer {i}</text>')
-        parts.append(strip([moment["heads"] for moment in layer], 60, y,
+        parts.append(strip([moment["heads"].tolist() for moment in layer], 60, y,
                            'stroke-dasharray=".85 .15"'))
-        parts.append(strip([moment["ffn"] for moment in layer], 370, y))
+        parts.append(strip([moment["ffn"].tolist() for moment in layer], 370, y))
     return svg(700, 24 + 22 * len(moments[0]), parts)
 
 
