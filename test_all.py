@@ -34,6 +34,8 @@ from unittest import SkipTest
 from xml.etree import ElementTree
 
 import numpy as np
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # the same bits are promised on a CPU
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -595,7 +597,7 @@ def test_soft_movement_keeps_what_is_above_the_threshold():
         for mask in group.masks:
             assert torch.equal(mask.kept == 1, torch.exp(-mask.scores) < 1 / tau - 1)
         assert 0.2 < group.density < 0.9
-        assert math.isclose(penalty.item(), 5.0 * tau / 0.1 * mean.item(), rel_tol=1e-5)
+        assert math.isclose(penalty.item(), 50 * tau * mean.item(), rel_tol=1e-5)
     penalty.backward()                       # the loss reaches S as it is, the penalty by sigmoid's
     s = torch.sigmoid(group.scores[0])       # slope
     assert torch.allclose(group.scores[0].grad, 5.0 * s * (1 - s) / s.numel() / 8, rtol=1e-4)
@@ -617,7 +619,7 @@ PRICES = {"heads": [[0, 1, 2, 3, 4], [0, 3, 4, 6, 9]], "ffn": [[0, 40, 80], [0, 
 def test_as_many_blocks_are_kept_as_fit_a_time():
     """By the masks alone; neither one too many nor one too few."""
     layers = [{"heads": torch.ones(h), "ffn": torch.ones(f)} for h, f in ((1, 20), (0, 60))]
-    assert compact.price(PRICES, layers) == 2 + 3 + 2.5 + 6
+    assert compact.price(PRICES, layers) == 13.5           # 2 + 3 + 2.5 + 6
     torch.manual_seed(0)
     for attention, ffn in (("12x12", "1xall"), ("5x7", "3x4"), ("12xall", "1xall")):
         model = random_model()
