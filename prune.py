@@ -24,8 +24,6 @@ Sanh et al., Movement Pruning, 2020 (arXiv 2005.07683), sections 3 and 4 (all th
 Shapes in comments: a matrix is (out, in); its blocks are r x c; its scores are (R, C), where
 R = ceil(out / r) and C = ceil(in / c), so blocks at the edges may be smaller.
 """
-from __future__ import annotations
-
 import re
 import warnings
 from bisect import bisect_left
