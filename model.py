@@ -14,8 +14,6 @@ section 2.3, for generation.
 
 Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions.
 """
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -218,7 +216,7 @@ class Bert(nn.Module):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Bert:
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "Bert":
         """Open a dense, pruned or compact model, in eval mode; `dtype`: of its weights.
 
         Output layers that the checkpoint lacks start random: that is said, and `has_head` false.

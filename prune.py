@@ -214,7 +214,7 @@ class BlockGroup:
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
         begun = self.method != "magnitude" and step > start + (end - start) / 10
-        if begun and not self.measure().any():
+        if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
                           "masks, from parameter_groups(model, lr, score_lr)", stacklevel=2)
         if soft:
