@@ -33,7 +33,7 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 
 METHODS = ("movement", "soft-movement", "magnitude")
 TAU = 0.1                                       # soft movement pruning's final threshold
@@ -182,8 +182,7 @@ class BlockGroup:
 
     def set_masks(self, values):
         """Set M of all blocks, (blocks,)."""
-        for mask, part in zip(self.masks, values.split([*map(Tensor.numel, self.scores)])):
-            mask.kept.copy_(part.view_as(mask.kept))
+        vector_to_parameters(values.float(), [mask.kept for mask in self.masks])
 
     @torch.no_grad()
     def measure(self):
@@ -220,6 +219,7 @@ class BlockGroup:
         if soft:
             self.keep_above(cubic(step, start, end, 0.0, TAU))
             return cubic(step, start, end, 0.0, lambda_) * self.penalty()
+        self.blocks_to_keep(density)                      # raises now, and not far into a run
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
 

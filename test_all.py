@@ -672,6 +672,7 @@ movement.keep(-1) | density
 movement.keep(0) | density
 movement.keep(math.nan) | density
 movement.keep(0.001) | density
+movement.advance(0, 5, 9, 0.001) | density 0.001
 movement.advance(5, 0, 9) | other methods a density
 movement.advance(5, 0, 9, lambda_=1.0) | other methods a density
 soft.advance(5, 0, 9) | takes a lambda_
@@ -1080,16 +1081,15 @@ def read_entries(folder: Path, *entries, context="Anna met Ben.", version=None, 
 
 def test_what_a_question_says_about_itself_counts(tmp_path):
     """Version 2.0 is known by its questions, whatever the file calls itself."""
-    none = entry("b", is_impossible="True")
-    for version in (None, "V2.0", "squad_v2", "FQuAD2.0", 2.0, "v2.0", "1.1"):
-        read = read_entries(tmp_path, entry(answers=[("Ben", 9)]), none, version=version)
-        assert [question.v2 for question in read] == [True, True]
+    ben, none = entry(answers=[("Ben", 9)]), [entry("b"), entry("b", is_impossible="True")]
+    for version, other in itertools.product((None, "v2.0", "1.1"), none):
+        read = read_entries(tmp_path, ben, other, version=version)
+        assert all(question.v2 for question in read)
         assert squad.score({"a": "Ben", "b": ""}, read)["NoAns_exact"] == 100
     for version, expected in (("v2.0", True), ("1.1", False), (None, False)):
-        assert read_entries(tmp_path, entry(), version=version)[0].v2 == expected
-    message = error_of(read_entries, tmp_path, entry("both", answers=[("Ben", 9)],
-                                                     is_impossible=True))
-    assert "question both is_impossible, but has an answer" in message
+        assert read_entries(tmp_path, ben, version=version)[0].v2 == expected
+    message = error_of(read_entries, tmp_path, ben | {"is_impossible": True})
+    assert "question a is_impossible, but has an answer" in message
 
 
 def test_oddities_of_real_data_are_not_errors(tmp_path):
@@ -1660,7 +1660,7 @@ def check_refusals_of_a_stopped_run(folder: Path, out: list):
         assert checkpoint.read_bytes() == before
     code = ("import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000,) * 2);"
             "train.main(sys.argv[1:])")                                        # a disk that is full
-    result = command("-c", code, *out, "--resume")
+    result = command("-c", code, *out, "--resume", "--task=qa")
     assert result.returncode == 2 and "checkpoint.pt: not written" in result.stderr
     assert checkpoint.read_bytes() == before
     checkpoint.write_bytes(before[:5000])
@@ -1688,7 +1688,7 @@ BAD_TRAIN = """
 --what | --what
 --method guess | guess
 --lambda 1 -1 | --lambda
---layers 0;2 | --layers
+--layers 0;2 | invalid numbers
 --warmup 0.7 --cooldown 0.7 | no step to prune in
 --train {dev} | --dev
 --train {dev} --dev {dev} | --model
@@ -1720,6 +1720,7 @@ BAD_TRAIN = """
 {glue} --teacher {folder}/other --dense-epochs 0 | cannot teach
 {glue} --max-length 7 | 7 is not 8
 {real} --task generation --max-length 30 | has no room beside a question
+--eval {folder}/bare --dev {dev} --max-length 100 --stride 20 | has not learnt this task
 --eval {folder}/nowhere --dev {dev} | nowhere: No such file
 --eval {folder}/huge --dev {dev} --max-length 100 --stride 20 | the logits are no numbers
 --eval {folder}/panics --dev {dev} | tokenizer.json: no readable tokenizer
@@ -1801,8 +1802,9 @@ def speed():
     print("Fine-pruning: the time of a training step with masks, over one without")
     for B, T in ((8, 128), (4, 384)):
         masked, plain = stepper(True, B, T), stepper(False, B, T)
-        quartiles = np.percentile([masked() / plain() for _ in range(11)], (50, 25, 75))
-        print(B, "x", T, "{:.2f}, half of the measurements {:.2f} to {:.2f}".format(*quartiles))
+        ratios = [masked() / plain() for _ in range(11)]
+        median, low, high = np.percentile(ratios, (50, 25, 75))
+        print(B, "x", T, f"{median:.2f}, quartiles {low:.2f} and {high:.2f}")
 
 
 def random_batch(B: int, T: int):

@@ -107,8 +107,8 @@ class Teacher:
         """The logits (N, K) of a batch, made as wide as the student's: padding is added, or cut."""
         if self.model:
             return self.model(*inputs)
-        rows = [self.logits[i] for i in indices]
-        rows = [F.pad(z, (0, width - z.shape[-1]), value=-1e4) for z in rows]
+        rows = [F.pad(z, (0, width - z.shape[-1]), value=-1e4)
+                for z in map(self.logits.get, indices)]
         return torch.cat(rows).to(DEVICE)
 
 
@@ -310,7 +310,7 @@ class Run:
         self.dev = data.read_examples(task, args.dev, "dev", args.columns)
         self.windows = task.make_windows(train, tokenizer, args)
         self.samples = data.sample_inputs(task.make_windows(self.dev, tokenizer, args), tokenizer)
-        settings = {**vars(args), "processes": WORLD,
+        settings = {**vars(args), "processes": WORLD, "task": task.__name__,
                     "train": fingerprint(train), "dev": fingerprint(self.dev)}
         for name in ("out", "overwrite", "resume", "save_every"):            # these may change
             del settings[name]
@@ -442,6 +442,8 @@ def evaluate(args):
     saved = Path(args.eval).is_dir()
     if saved:
         model, tokenizer, task = data.open_model(args.eval, args.task and task, args.max_length)
+        if not model.has_head:
+            raise ValueError(f"{args.eval}: has not learnt this task; give another --task")
         args.labels = model.config.labels
         if args.bfloat16:
             model.bfloat16()
@@ -462,6 +464,10 @@ def between(low, high, kind=float):
             raise argparse.ArgumentTypeError(f"{text} is not {low:g} to {high:g}")
         return value
     return number
+
+
+def numbers(text):
+    return [*map(int, text.split(","))]
 
 
 SHARE = between(0, 1)
@@ -490,7 +496,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
     ("--epochs", WHOLE, 20, "epochs of fine-pruning"),
     ("--fill-epochs", WHOLE, 0, "epochs on what is left, its zeros set free"),
-    ("--layers", lambda text: [*map(int, text.split(","))], None, "take only these, as in 0,2,4"),
+    ("--layers", numbers, None, "take only these, as in 0,2,4"),
     ("--batch-size", POSITIVE, 16, "windows in a training step"),
     ("--lr", SHARE, 3e-5, "learning rate of the weights"),
     ("--score-lr", SHARE, 1e-2, "learning rate of the scores"),

@@ -57,7 +57,7 @@ def questions_of(file, path, train=False):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
                     question = read_question(entry, context, path)
-                    v2 = v2 or question.v2
+                    v2 |= question.v2 or not question.answers
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "

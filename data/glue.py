@@ -159,10 +159,14 @@ def make_windows(sentences, tokenizer, settings):
 def predict(model, tokenizer, sentences, settings):
     """The likeliest label of every row, by id, as the rows spell it."""
     labels = model.config.labels
-    names = dict(enumerate(labels))
-    names |= {index_of(s.label, labels): s.label for s in sentences if s.label}
-    predictions = {}
     windows = make_windows(sentences, tokenizer, settings)
+    names = [*labels]
+    for sentence in sentences:
+        if sentence.label:
+            names[index_of(sentence.label, labels)] = sentence.label
+    if names != labels:
+        note(f"the file's labels {names} are taken as the model's {labels}")
+    predictions = {}
     for i, logits in run_model(model, windows, tokenizer.token_to_id("[PAD]")):
         predictions[windows[i].id] = names[int(logits.argmax())]
     return predictions

@@ -78,7 +78,7 @@ def size_list(numbers):
 
 
 def speed_line(median, low, high):
-    return f"speed: {median:.2f}x, half of the measurements {low:.2f}x to {high:.2f}x"
+    return f"speed: {median:.2f}x, quartiles {low:.2f}x and {high:.2f}x"
 
 
 def svg(width, height, parts):
@@ -127,8 +127,8 @@ def chart(tasks):
     """An SVG of models (speed, share of the dense score, made smaller by pruning), by task."""
     parts = ['<text x="8" y="16">score, in percent of the dense model\'s; hollow: distilled</text>',
              '<text x="690" y="395" text-anchor="end">times as fast as the dense model</text>']
-    for percent in range(80, 101, 5):
-        y = 1460 - 14 * percent
+    for percent in range(90, 101, 2):
+        y = 2860 - 28 * percent
         parts.append(f'<path d="M60 {y:g}h630" stroke="{GREY}" stroke-opacity=".3"/>'
                      f'<text x="50" y="{y + 4:g}" text-anchor="end">{percent}</text>')
     for speed in range(1, 5):
@@ -136,13 +136,13 @@ def chart(tasks):
     for colour, (task, models) in zip(COLOURS, tasks.items()):
         line = ""
         for speed, share, pruned in sorted(models):
-            x, y = 170 * speed - 110, 1460 - 1400 * share
+            x, y = 170 * speed - 110, 2860 - 2800 * share
             if pruned:
                 line += f"L{x:.1f} {y:.1f}"
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" '
                          f'fill="{colour if pruned else "none"}" stroke-width="2"/>')
         parts.append(f'<path d="{line.replace("L", "M", 1)}" stroke="{colour}" fill="none"/>'
-                     f'<text x="70" y="{285 + 15 * COLOURS.index(colour)}" fill="{colour}">'
+                     f'<text x="70" y="{298 + 13 * COLOURS.index(colour)}" fill="{colour}">'
                      f'{task}</text>')
     return svg(700, 400, parts)
 

@@ -165,7 +165,7 @@ def score(predictions, questions):
             exact, overlap, _ = (100 * sum(column) / len(part) for column in zip(*part))
             result |= {f"{prefix}exact": exact, f"{prefix}f1": overlap, f"{prefix}total": len(part)}
     short = {"exact_match": result["exact"], "f1": result["f1"]}
-    return {**short, **result} if questions[0].v2 else short
+    return short | result if questions[0].v2 else short
 
 
 def score_one(text, question):
@@ -173,7 +173,7 @@ def score_one(text, question):
     truths = [normalise(answer) for answer in question.answers]
     if question.v2:
         truths = [truth for truth in truths if truth] or [""]
-    if text is None or not truths:
+    if text is None:
         return 0.0, 0.0
     said = normalise(text)
     exact = float(said in truths)

@@ -154,7 +154,7 @@ def run_model(model, windows, pad, call=None):
     model.eval()
     device = next(model.parameters()).device
     # Long ones first, so that the memory they took serves the others.
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     for indices in tqdm(split(order, 32), "evaluate", leave=False, disable=None):
         inputs, _ = collate([windows[i] for i in indices], pad, device)
         results = (call or model)(*inputs).cpu()
