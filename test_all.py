@@ -1688,7 +1688,7 @@ BAD_TRAIN = """
 --what | --what
 --method guess | guess
 --lambda 1 -1 | --lambda
---layers 0;2 | invalid numbers
+--layers 0;2 | --layers
 --warmup 0.7 --cooldown 0.7 | no step to prune in
 --train {dev} | --dev
 --train {dev} --dev {dev} | --model

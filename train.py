@@ -206,9 +206,8 @@ def batch_loss(run, model, batch, teacher):
 
 
 def mean_of_processes(loss):
-    loss = loss.detach()
     if WORLD > 1:
-        distributed.all_reduce(loss)
+        distributed.all_reduce(loss.detach())                # the sum, in place
     return loss.item() / WORLD
 
 
@@ -466,10 +465,6 @@ def between(low, high, kind=float):
     return number
 
 
-def numbers(text):
-    return [*map(int, text.split(","))]
-
-
 SHARE = between(0, 1)
 WHOLE = between(0, 1e9, int)
 POSITIVE = between(1, 1e9, int)
@@ -496,7 +491,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
     ("--epochs", WHOLE, 20, "epochs of fine-pruning"),
     ("--fill-epochs", WHOLE, 0, "epochs on what is left, its zeros set free"),
-    ("--layers", numbers, None, "take only these, as in 0,2,4"),
+    ("--layers", lambda text: [*map(int, text.split(","))], None, "take only these, as in 0,2,4"),
     ("--batch-size", POSITIVE, 16, "windows in a training step"),
     ("--lr", SHARE, 3e-5, "learning rate of the weights"),
     ("--score-lr", SHARE, 1e-2, "learning rate of the scores"),
