@@ -208,7 +208,7 @@ def price(prices, layers, least=1):
 
 def seconds(model, batch):
     model.eval()
-    torch.empty(2**23 - 2**14)                 # 32 MB, freed at once: glibc then keeps freed memory
+    torch.empty(8_000_000)                     # 32 MB, freed at once: glibc then keeps freed memory
     for _ in range(2):                               # the first warms up
         begin = perf_counter()
         model(*batch).sum().item()                   # .item() waits for a GPU

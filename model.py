@@ -207,13 +207,12 @@ class Bert(nn.Module):
         return x
 
     def initialise(self, module):
-        """Random weights: normal with standard deviation `initializer_range`; biases 0."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(getattr(module, "bias", None), Tensor):
-            nn.init.zeros_(module.bias)
+        """Random matrices: normal with standard deviation `initializer_range`; biases 0."""
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+            else:
+                nn.init.constant_(parameter, name.endswith("norm.weight"))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "Bert":
@@ -237,7 +236,7 @@ class Bert(nn.Module):
             theirs = NAMES.get(name)
             if theirs and not any(other.startswith(theirs) for other in tensors):
                 missing.append(theirs)
-                module.to_empty(device="cpu").apply(model.initialise)
+                model.initialise(module.to_empty(device="cpu"))
         state = model.state_dict()
         for ours, tensor in state.items():
             if tensor.is_meta:
@@ -268,7 +267,7 @@ class BertForQuestionAnswering(Bert):
     def __init__(self, config):
         super().__init__(config)
         self.span = nn.Linear(config.hidden_size, 2)
-        self.apply(self.initialise)
+        self.initialise(self)
 
     def output(self, x, attention_mask, token_type_ids):
         """Start and end logits, (B, 2, T), start first; padding gets -1e4, which is finite."""
@@ -286,7 +285,7 @@ class BertForSequenceClassification(Bert):
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.set_labels(config.labels or ["LABEL_0", "LABEL_1"])
-        self.apply(self.initialise)
+        self.initialise(self)
 
     def set_labels(self, labels):
         """Classes to learn, by name, with a random classifier."""
@@ -308,7 +307,7 @@ class BertForGeneration(Bert):
     def __init__(self, config):
         super().__init__(config)
         self.vocabulary = Vocabulary(config)
-        self.apply(self.initialise)
+        self.initialise(self)
 
     def mask(self, attention_mask, token_type_ids):
         """(B, 1, T, T): row i sees column j if j is of the source, or j <= i; never padding."""

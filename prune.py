@@ -65,7 +65,7 @@ class BlockMask(nn.Module):
         self.transposed = transposed
         self.owner = (owner or self,)           # in a tuple: PyTorch registers the scores only once
         if owner is None:
-            ones = torch.ones(shape, dtype=torch.float32, device=weight.device)
+            ones = torch.ones(shape, device=weight.device)
             self.scores = nn.Parameter(torch.zeros_like(ones))
             self.register_buffer("kept", ones)                                        # M, 0 or 1
         elif owner.scores.shape != shape:
@@ -159,10 +159,11 @@ class BlockGroup:
 
     def blocks_to_keep(self, density):
         """round(density * blocks). Raises ValueError if that is none, or more than all."""
-        if not 0 < density <= 1 or round(density * self.blocks) == 0:
+        kept = round(density * self.blocks)
+        if not 0 < kept <= self.blocks:
             raise ValueError(f"density {density}: give one that keeps some of {self.blocks} "
                              "blocks, and 1 at most")
-        return round(density * self.blocks)
+        return kept
 
     def keep(self, density: float):
         """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.

@@ -22,8 +22,8 @@ import copy
 import json
 import os
 import shutil
-import sys
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -115,9 +115,8 @@ class Teacher:
 def task_loss(logits, targets, teacher_logits, a):
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
-    logits (..., K), a row for every target (N,), in the targets' order; teacher_logits (N, K), or
-    None: then it is the cross-entropy alone.
-    Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
+    logits (..., K), a row for every target (N,), in their order; teacher_logits (N, K), or None:
+    the cross-entropy alone. Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
     """
     z = logits.flatten(0, -2)                                                            # (N, K)
     loss = F.cross_entropy(z, targets)
@@ -130,10 +129,7 @@ def task_loss(logits, targets, teacher_logits, a):
 
 
 def fit(run, stage, model, epochs, groups, teacher):
-    """Train, from where the run was stopped; prune the blocks of `groups` on the way.
-
-    Raises ArithmeticError if the loss is no number.
-    """
+    """Go on training; prune the blocks of `groups` on the way. Raises ArithmeticError for NaN."""
     args = run.args
     set_up(model, args.dropout)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.score_lr), fused=True)
@@ -166,7 +162,7 @@ def fit(run, stage, model, epochs, groups, teacher):
         run.log.write(json.dumps({"stage": stage, **line}) + "\n")
         bar.set_postfix(line, refresh=False)
         ends_epoch = (step + 1) * epochs % total == 0
-        if ends_epoch and not sys.stdout.isatty():
+        if ends_epoch and bar.disable:
             say(f"{stage}: {bar.postfix}")
         if ends_epoch or (step + 1) % args.save_every == 0:
             run.save(stage, step + 1, model=model, optimizer=optimizer)
@@ -216,9 +212,6 @@ def say(text):
         print(text, flush=True)
 
 
-# ------------------------------------------------------------------------------------------ pruning
-
-
 def add_masks(model, args):
     """Mask the attention and the FFN matrices."""
     return [
@@ -261,7 +254,7 @@ def prepare(args):
         glue.choose_labels(model, train)
         model.to(DEVICE)
     args.labels = model.config.labels
-    knows = (model.has_head and not args.layers) or args.dense_epochs           # enough to teach
+    knows = args.dense_epochs or model.has_head and not args.layers             # enough to teach
     teacher = None
     if args.teacher:
         teacher, other, _ = data.open_model(args.teacher, task, args.max_length)
@@ -413,7 +406,10 @@ def report(run, model, small, difference):
         distributed.destroy_process_group()
     if RANK:
         return
-    speed, *quartiles = speedup(model, small, run.samples[0])
+    folders = run.out / "pruned", run.out / ("filled" if run.args.fill_epochs else "compact")
+    # In a new process, as users will: after long training this one's memory is slower.
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:                  # not a fork of it
+        speed, *quartiles = pool.submit(speedup_of, run.samples[0], *folders).result()
     summary = {
         "headline": run.task.HEADLINE,
         **run.state["scores"],
@@ -423,8 +419,7 @@ def report(run, model, small, difference):
         "speedup_quartiles": quartiles,
     }
     layers = survivors(model)
-    if run.args.speedup:
-        prices = run.state["prices"]
+    if prices := run.state.get("prices"):
         summary |= {
             "prices": prices,
             "speedup_asked": run.args.speedup,
@@ -433,6 +428,11 @@ def report(run, model, small, difference):
     (run.out / "layers.svg").write_text(pictures.layers_svg([*run.state["history"], layers]))
     save_json(run.out / "summary.json", summary)
     say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
+
+
+def speedup_of(batch, *folders):
+    """The speedup between two saved models."""
+    return speedup(*[data.open_model(folder)[0] for folder in folders], batch)
 
 
 def evaluate(args):
@@ -524,10 +524,10 @@ def parse_args(argv):
             text += f" (default: {default})"
         add(flag, type=kind, default=default, help=text)
     args = parser.parse_args(argv)
-    if not (args.model or args.train or args.eval):
-        parser.set_defaults(**OFFLINE)
-        args = parser.parse_args(argv)
-    return args
+    if args.model or args.train or args.eval:
+        return args
+    parser.set_defaults(**OFFLINE)
+    return parser.parse_args(argv)
 
 
 def check(args):
