@@ -134,7 +134,7 @@ def expand(small: nn.Module) -> nn.Module:
         state[name] = part.new_zeros(dense.state_dict()[name].shape)
         state[name][tuple(slice(size) for size in part.shape)] = part
     dense.load_state_dict(state, assign=True)
-    return dense.train(small.training)
+    return dense.eval()
 
 
 # ---------------------------------------------------------------------------------- proof and price
@@ -178,14 +178,15 @@ def price_list(model, batch):
     many dimensions]; "rest": of a model without both. Noise is flattened: more never costs less.
     """
     config, kind = model.config, type(model.layers[0])
+    ids, mask, types = batch
     heads = [*range(config.num_attention_heads + 1)]
     # Odd widths, as most are that pruning leaves: they take longer than multiples of 16.
     widths = [config.intermediate_size * i * i // 64 | bool(i % 8) for i in range(9)]
     layers = [kind(config, n, 0) for n in heads] + [kind(config, 0, n) for n in widths]
-    layers = nn.ModuleList(layers).to(batch[0].device)
+    layers = nn.ModuleList(layers).to(ids.device)
     empty = copy.deepcopy(model)
     empty.layers = nn.ModuleList([layers[0]] * len(model.layers))
-    hidden = model.embeddings(batch[0], batch[2]), model.mask(batch[1], batch[2])
+    hidden = model.embeddings(ids, types), model.mask(mask, types)
     calls = [(empty, batch)] + [(layer, hidden) for layer in layers]
     times = [[seconds(*call) for call in calls] for _ in range(15)]
     rest, *times = (1000 * np.median(times, 0)).tolist()

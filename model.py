@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, earlier=None):
         """x (B, T, C); mask (B, 1, 1 or T, T): who sees whom; earlier: keys and values."""
-        if self.heads == 0:
+        if not self.heads:
             return self.output.bias.expand_as(x)                                    # a constant
         q, k, v = (
             linear(x).unflatten(2, (self.heads, self.head_size)).transpose(1, 2)    # (B, H, T, D)
@@ -150,7 +150,7 @@ class FFN(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):                                              # (B, T, C)
-        if self.first.out_features == 0:
+        if not self.first.out_features:
             return self.second.bias.expand_as(x)                                    # a constant
         return self.second(self.activation(self.first(x)))
 

@@ -140,7 +140,7 @@ def fit(run, stage, model, epochs, groups, teacher):
     first = run.restore(stage, model, optimizer)
     total = len(schedule)
     parallel = model if WORLD == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
-    bar = tqdm(range(first, total), stage, total, initial=first, disable=RANK > 0 or None)
+    bar = tqdm(range(first, total), stage, total, initial=first, disable=RANK or None)
     for step in bar:
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
         lr = set_learning_rate(optimizer, args.lr, step, total)
@@ -175,7 +175,7 @@ def set_up(model, dropout):
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout
     for parameter in model.parameters():
-        if parameter.numel() == 0:                         # of layers without heads: no gradient
+        if not parameter.numel():                          # of layers without heads: no gradient
             parameter.requires_grad_(False)
 
 
@@ -290,11 +290,8 @@ class Run:
     """
 
     def __init__(self, args, task, tokenizer, train):
-        """Read the data and cut them into windows; `args` serves as data.text.Settings, too.
-
-        Raises ValueError where a file or an example is none that can be learnt from.
-        """
-        self.args = args
+        """Read the data and cut them into windows. Raises ValueError where they can't be learnt."""
+        self.args = args                                             # a data.text.Settings, too
         self.task = task
         self.tokenizer = tokenizer
         self.pad = tokenizer.token_to_id("[PAD]")
@@ -409,7 +406,8 @@ def report(run, model, small, difference):
     folders = run.out / "pruned", run.out / ("filled" if run.args.fill_epochs else "compact")
     # In a new process, as users will: after long training this one's memory is slower.
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:                  # not a fork of it
-        speed, *quartiles = pool.submit(speedup_of, run.samples[0], *folders).result()
+        batch = torch.stack(run.samples[0]).cpu()
+        speed, *quartiles = pool.submit(speedup_of, batch, *folders).result()
     summary = {
         "headline": run.task.HEADLINE,
         **run.state["scores"],
@@ -432,7 +430,7 @@ def report(run, model, small, difference):
 
 def speedup_of(batch, *folders):
     """The speedup between two saved models."""
-    return speedup(*[data.open_model(folder)[0] for folder in folders], batch)
+    return speedup(*[data.open_model(folder)[0] for folder in folders], batch.to(DEVICE))
 
 
 def evaluate(args):
