@@ -335,7 +335,7 @@ class Run:
                     shutil.rmtree(self.out / name, ignore_errors=True)          # an older run's
             self.out.mkdir(parents=True, exist_ok=True)
             summary.unlink(missing_ok=True)
-        self.log = open(os.devnull if RANK else log, "a" if resumes else "w", buffering=1)
+        self.log = open(os.devnull if RANK else log, "a" if resumes else "w", 1)      # line by line
         if not resumes:
             self.save()
 
@@ -403,11 +403,12 @@ def report(run, model, small, difference):
         distributed.destroy_process_group()
     if RANK:
         return
-    folders = run.out / "pruned", run.out / ("filled" if run.args.fill_epochs else "compact")
+    torch.cuda.empty_cache()                          # room for the models on a GPU
     # In a new process, as users will: after long training this one's memory is slower.
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:                  # not a fork of it
-        batch = torch.stack(run.samples[0]).cpu()
-        speed, *quartiles = pool.submit(speedup_of, batch, *folders).result()
+        speed, *quartiles = pool.submit(
+            speedup_of, torch.stack(run.samples[0]).cpu(), run.out / "pruned",
+            run.out / ("filled" if run.args.fill_epochs else "compact")).result()
     summary = {
         "headline": run.task.HEADLINE,
         **run.state["scores"],
