@@ -69,7 +69,7 @@ def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
 
 
 def check_plain(*linears):
-    if any(parametrize.is_parametrized(linear) for linear in linears):
+    if any(map(parametrize.is_parametrized, linears)):
         raise ValueError("a layer still has its mask; call bake(model) first")
 
 
@@ -88,20 +88,20 @@ def fold(linear, columns, constants):
     constant = linear.weight[:, columns].double() @ constants.double()
     if not constant.any():
         return
-    if linear.bias is None:
-        linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
-    linear.bias.copy_(linear.bias.double() + constant)
+    if linear.bias is not None:
+        constant += linear.bias
+    linear.bias = nn.Parameter(constant.to(linear.weight.dtype), linear.weight.requires_grad)
 
 
 def keep_rows(linear, keep):
-    linear.weight = nn.Parameter(linear.weight[keep])
+    linear.weight = nn.Parameter(linear.weight[keep], linear.weight.requires_grad)
     if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[keep])
+        linear.bias = nn.Parameter(linear.bias[keep], linear.bias.requires_grad)
     linear.out_features = len(linear.weight)
 
 
 def keep_columns(linear, keep):
-    linear.weight = nn.Parameter(linear.weight[:, keep])
+    linear.weight = nn.Parameter(linear.weight[:, keep], linear.weight.requires_grad)
     linear.in_features = linear.weight.shape[1]
 
 
@@ -129,10 +129,10 @@ def expand(small: nn.Module) -> nn.Module:
     """A copy in the dense shapes: what was deleted is zeros, behind what is left of each layer."""
     with torch.device("meta"):                                      # shapes only, no memory
         dense = type(small)(replace(small.config, heads_per_layer=None, ffn_per_layer=None))
-    state = {}
+    state = dense.state_dict()
     for name, part in small.state_dict().items():
-        state[name] = part.new_zeros(dense.state_dict()[name].shape)
-        state[name][tuple(slice(size) for size in part.shape)] = part
+        state[name] = part.new_zeros(state[name].shape)
+        state[name][tuple(map(slice, part.shape))] = part
     dense.load_state_dict(state, assign=True)
     return dense.eval()
 
@@ -153,7 +153,7 @@ def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> floa
     for batch in inputs:
         a, b = model(*batch), small(*batch)
         difference = torch.maximum(difference, (a - b).abs().max())         # NaN if any is
-        largest = torch.maximum(largest, a[a > -1e4].abs().max())
+        largest = torch.maximum(largest, a.where(a > -1e4, 0).abs().max())
     if not difference <= 1e-4 * max(1.0, largest.item()) < torch.inf:
         raise ArithmeticError(f"pruned and compact model differ by {difference:.2g} in logits of "
                               f"up to {largest:.2g}: more than float32's rounding")
@@ -182,8 +182,8 @@ def price_list(model, batch):
     heads = [*range(config.num_attention_heads + 1)]
     # Odd widths, as most are that pruning leaves: they take longer than multiples of 16.
     widths = [config.intermediate_size * i * i // 64 | bool(i % 8) for i in range(9)]
-    layers = [kind(config, n, 0) for n in heads] + [kind(config, 0, n) for n in widths]
-    layers = nn.ModuleList(layers).to(ids.device)
+    with torch.device(ids.device):
+        layers = [kind(config, n, 0) for n in heads] + [kind(config, 0, n) for n in widths]
     empty = copy.deepcopy(model)
     empty.layers = nn.ModuleList([layers[0]] * len(model.layers))
     hidden = model.embeddings(ids, types), model.mask(mask, types)
@@ -247,8 +247,8 @@ def sizes(model, small):
         "heads_total": sum(before.heads_per_layer),
         "ffn_kept": sum(after.ffn_per_layer),
         "ffn_total": sum(before.ffn_per_layer),
-        "parameters_dense": sum(p.numel() for p in model.parameters()),
-        "parameters_compact": sum(p.numel() for p in small.parameters()),
+        "parameters_dense": sum(map(Tensor.numel, model.parameters())),
+        "parameters_compact": sum(map(Tensor.numel, small.parameters())),
     }
 
 

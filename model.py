@@ -179,7 +179,7 @@ class Bert(nn.Module):
         self.config = replace(config, labels=None)
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
-        self.layers = nn.ModuleList(Layer(config, heads, dimensions) for heads, dimensions in sizes)
+        self.layers = nn.ModuleList(Layer(config, *size) for size in sizes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> Tensor:
@@ -197,7 +197,7 @@ class Bert(nn.Module):
 
     def mask(self, attention_mask, token_type_ids):
         """Which tokens a token sees: all, but padding. (B, 1, 1, T)"""
-        return attention_mask[:, None, None, :].bool()
+        return attention_mask[:, None, None].bool()
 
     def encode(self, input_ids, mask, token_type_ids, position=None, earlier=None):
         """What the last layer makes of the tokens (B, T): (B, T, C)."""
@@ -251,7 +251,7 @@ class Bert(nn.Module):
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
         tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
-        write_safetensors(Path(folder) / "model.safetensors", dict(sorted(tensors.items())))
+        write_safetensors(Path(folder) / "model.safetensors", tensors)
         values = {"architectures": [self.ARCHITECTURE], "model_type": "bert", **asdict(self.config)}
         if labels := values.pop("labels"):
             values["id2label"] = dict(enumerate(labels))
@@ -312,8 +312,8 @@ class BertForGeneration(Bert):
     def mask(self, attention_mask, token_type_ids):
         """(B, 1, T, T): row i sees column j if j is of the source, or j <= i; never padding."""
         T = attention_mask.shape[1]
-        before = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device).tril()
-        source = token_type_ids[:, None, None, :] == 0
+        before = attention_mask.new_ones(T, T).tril().bool()
+        source = token_type_ids[:, None, None] == 0
         return super().mask(attention_mask, token_type_ids) & (source | before)
 
     def output(self, x, attention_mask, token_type_ids):
@@ -330,15 +330,14 @@ class BertForGeneration(Bert):
         mask = super().mask(attention_mask, token_type_ids)
         self.encode(input_ids, mask, token_type_ids, earlier=earlier)
         ones = torch.ones_like(input_ids[:, :1])                                         # (B, 1)
-        position = attention_mask.sum(1, keepdim=True)                                   # (B, 1)
         tokens = [sep * ones]
         ended = ones == 0
         while len(tokens) <= longest and not ended.all():
+            position = attention_mask.sum(1, keepdim=True)                               # (B, 1)
             attention_mask = torch.cat([attention_mask, ones], 1)
             mask = super().mask(attention_mask, ones)                              # (B, 1, 1, T)
             x = self.encode(tokens[-1], mask, ones, position, earlier)                   # (B, 1, C)
             tokens.append(self.vocabulary(x, self.embeddings.word.weight).argmax(-1))
-            position += 1
             ended |= tokens[-1] == sep
         return torch.cat(tokens[1:], 1)
 
@@ -415,7 +414,7 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial_path, path)
+        partial_path.replace(path)
     except (OSError, RuntimeError) as error:                   # torch.save's word for a full disk
         raise OSError(f"{path}: not written ({error}); disk full?") from None
     finally:
@@ -477,7 +476,7 @@ def read_safetensors(path):
     position = 0                                                   # behind the header
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        size = os.fstat(file.fileno()).st_size - 8 - length        # of all tensors
+        size = os.path.getsize(path) - 8 - length                  # of all tensors
         if size < 0 or length > 1_000_000:                         # the header of 10,000 tensors
             raise ValueError(f"{path}: too short for its header of {length} bytes; get it again")
         try:
@@ -514,14 +513,13 @@ def write_safetensors(path, tensors):
         end += tensor.nbytes
         header[name] = {
             "dtype": codes[tensor.dtype],
-            "shape": list(tensor.shape),
+            "shape": tensor.shape,
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                               # tensors start at a multiple of 8
     with whole_file(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             plain = tensor.detach().cpu().contiguous().flatten()
             file.write(plain.view(torch.uint8).numpy())

@@ -65,7 +65,7 @@ class BlockMask(nn.Module):
         self.transposed = transposed
         self.owner = (owner or self,)           # in a tuple: PyTorch registers the scores only once
         if owner is None:
-            ones = torch.ones(shape, device=weight.device)
+            ones = torch.ones(shape, dtype=torch.float32, device=weight.device)
             self.scores = nn.Parameter(torch.zeros_like(ones))
             self.register_buffer("kept", ones)                                        # M, 0 or 1
         elif owner.scores.shape != shape:
@@ -119,9 +119,9 @@ class BlockGroup:
         self.method = method
         r, c = parse_block(block)
         found = [find_linears(model, pattern) for pattern in (*rows, *columns)]
-        every = [linear for linears in found for linear in linears]
+        every = sum(found, [])
         check_free(model, every)
-        if c is None and r is not None and r % unit == 0:
+        if r and c is None and r % unit == 0:
             counts = [*map(len, found)]
             if len(set(counts)) > 1:
                 raise ValueError(f"{block} ties layers together, but the patterns match {counts}")
@@ -130,7 +130,7 @@ class BlockGroup:
             self.sharing = [(linear,) for linear in every]
         if not self.sharing:
             raise ValueError("there is no weight to mask")
-        transposed = {linear for linears in found[len(rows):] for linear in linears}
+        transposed = sum(found[len(rows):], [])
 
         self.masks = []                                               # those that own scores
         attach = []
@@ -159,8 +159,8 @@ class BlockGroup:
 
     def blocks_to_keep(self, density):
         """round(density * blocks). Raises ValueError if that is none, or more than all."""
-        kept = round(density * self.blocks)
-        if not 0 < kept <= self.blocks:
+        kept = round(density * self.blocks) if 0 <= density <= 1 else 0
+        if not kept:
             raise ValueError(f"density {density}: give one that keeps some of {self.blocks} "
                              "blocks, and 1 at most")
         return kept

@@ -10,6 +10,7 @@ are made permanent; deletion; filling, on request.
     python train.py --block 32x32 --speedup 2.5                      # so many times as fast
     python train.py --block 32x32 --resume                           # after a stop of any kind
     python train.py --eval out/compact --dev data/dev-v1.1.json      # scores of a saved model
+    train.main(["--block", "32x32"])        # in a script, under: if __name__ == "__main__"
     torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
@@ -98,9 +99,7 @@ class Teacher:
         if run.task is questions:
             self.model = copy.deepcopy(model).eval()       # the model itself goes on learning
             return
-        self.logits = {}                                           # of each window, (n, K)
-        for i, logits in run_model(model, run.windows, run.pad):
-            self.logits[i] = logits.view(len(run.windows[i].targets), -1)
+        self.logits = dict(run_model(model, run.windows, run.pad))      # by window, (K,) or (n, K)
 
     @torch.no_grad()
     def rows(self, indices, inputs, width):
@@ -109,7 +108,7 @@ class Teacher:
             return self.model(*inputs)
         rows = [F.pad(z, (0, width - z.shape[-1]), value=-1e4)
                 for z in map(self.logits.get, indices)]
-        return torch.cat(rows).to(DEVICE)
+        return torch.cat(rows).view(-1, width).to(DEVICE)
 
 
 def task_loss(logits, targets, teacher_logits, a):
@@ -403,12 +402,13 @@ def report(run, model, small, difference):
         distributed.destroy_process_group()
     if RANK:
         return
-    torch.cuda.empty_cache()                          # room for the models on a GPU
-    # In a new process, as users will: after long training this one's memory is slower.
-    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:                  # not a fork of it
-        speed, *quartiles = pool.submit(
-            speedup_of, torch.stack(run.samples[0]).cpu(), run.out / "pruned",
-            run.out / ("filled" if run.args.fill_epochs else "compact")).result()
+    if DEVICE.type == "cpu":        # in a new process: long training leaves this one's memory slow
+        folders = run.out / "pruned", run.out / ("filled" if run.args.fill_epochs else "compact")
+        with ProcessPoolExecutor(1, max_tasks_per_child=2) as pool:      # spawned; 1 would spawn two
+            batch = torch.stack(run.samples[0]).tolist()
+            speed, *quartiles = pool.submit(speedup_of, batch, *folders).result()
+    else:
+        speed, *quartiles = speedup(model, small, run.samples[0])
     summary = {
         "headline": run.task.HEADLINE,
         **run.state["scores"],
@@ -431,7 +431,8 @@ def report(run, model, small, difference):
 
 def speedup_of(batch, *folders):
     """The speedup between two saved models."""
-    return speedup(*[data.open_model(folder)[0] for folder in folders], batch.to(DEVICE))
+    models = [data.open_model(folder)[0] for folder in folders]
+    return speedup(*models, torch.tensor(batch))
 
 
 def evaluate(args):
@@ -518,10 +519,10 @@ def parse_args(argv):
         add(flag, action="store_true", help=text)
     size = parser.add_mutually_exclusive_group()
     for flag, kind, default, text in FLAGS:
-        add = size.add_argument if flag in ("--density", "--speedup") else parser.add_argument
+        place = size if flag in ("--density", "--speedup") else parser
         if default is not None:
             text += f" (default: {default})"
-        add(flag, type=kind, default=default, help=text)
+        place.add_argument(flag, type=kind, default=default, help=text)
     args = parser.parse_args(argv)
     if args.model or args.train or args.eval:
         return args
