@@ -404,7 +404,7 @@ def report(run, model, small, difference):
         return
     if DEVICE.type == "cpu":        # in a new process: long training leaves this one's memory slow
         folders = run.out / "pruned", run.out / ("filled" if run.args.fill_epochs else "compact")
-        with ProcessPoolExecutor(1, max_tasks_per_child=2) as pool:      # spawned; 1 would spawn two
+        with ProcessPoolExecutor(1, max_tasks_per_child=2) as pool:     # spawned; 1 would spawn 2
             batch = torch.stack(run.samples[0]).tolist()
             speed, *quartiles = pool.submit(speedup_of, batch, *folders).result()
     else:
