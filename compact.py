@@ -27,7 +27,11 @@ Source: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.
 Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 """
 import copy
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -168,6 +172,19 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
     """
     ratios = [seconds(model, batch) / seconds(small, batch) for _ in range(15)]
     return np.percentile(ratios, (50, 25, 75)).tolist()
+
+
+def speedup_anew(batch, *folders):
+    """`speedup` of two saved models, in a new process: after a long training this one is slow."""
+    folders = [str(folder.resolve()) for folder in folders]
+    code = f"import compact; print(compact.speedup_of({torch.stack(batch).tolist()}, {folders!a}))"
+    here = Path(__file__).parent
+    return json.loads(subprocess.check_output([sys.executable], input=code, text=True, cwd=here))
+
+
+def speedup_of(batch, folders):
+    import data
+    return speedup(*(data.open_model(folder)[0] for folder in folders), torch.as_tensor(batch))
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ are made permanent; deletion; filling, on request.
     python train.py --block 32x32 --speedup 2.5                      # so many times as fast
     python train.py --block 32x32 --resume                           # after a stop of any kind
     python train.py --eval out/compact --dev data/dev-v1.1.json      # scores of a saved model
-    train.main(["--block", "32x32"])        # in a script, under: if __name__ == "__main__"
+    train.main(["--block", "32x32"])                                 # in a script or a notebook
     torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from compact import (
     price_list,
     sizes,
     speedup,
+    speedup_anew,
     survivors,
 )
 from data import DEVICE, RANK, TASKS, WORLD, glue, pictures, questions
@@ -402,13 +402,12 @@ def report(run, model, small, difference):
         distributed.destroy_process_group()
     if RANK:
         return
-    if DEVICE.type == "cpu":        # in a new process: long training leaves this one's memory slow
-        folders = run.out / "pruned", run.out / ("filled" if run.args.fill_epochs else "compact")
-        with ProcessPoolExecutor(1, max_tasks_per_child=2) as pool:     # spawned; 1 would spawn 2
-            batch = torch.stack(run.samples[0]).tolist()
-            speed, *quartiles = pool.submit(speedup_of, batch, *folders).result()
+    batch = run.samples[0]
+    if DEVICE.type == "cpu":
+        last = "filled" if run.args.fill_epochs else "compact"
+        speed, *quartiles = speedup_anew(batch, run.out / "pruned", run.out / last)
     else:
-        speed, *quartiles = speedup(model, small, run.samples[0])
+        speed, *quartiles = speedup(model, small, batch)
     summary = {
         "headline": run.task.HEADLINE,
         **run.state["scores"],
@@ -427,12 +426,6 @@ def report(run, model, small, difference):
     (run.out / "layers.svg").write_text(pictures.layers_svg([*run.state["history"], layers]))
     save_json(run.out / "summary.json", summary)
     say(f"{pictures.report(layers, summary)}\nmodels, predictions, log and picture: {run.out}")
-
-
-def speedup_of(batch, *folders):
-    """The speedup between two saved models."""
-    models = [data.open_model(folder)[0] for folder in folders]
-    return speedup(*models, torch.tensor(batch))
 
 
 def evaluate(args):
@@ -465,6 +458,10 @@ def between(low, high, kind=float):
     return number
 
 
+def numbers(text):
+    return [*map(int, text.split(","))]
+
+
 SHARE = between(0, 1)
 WHOLE = between(0, 1e9, int)
 POSITIVE = between(1, 1e9, int)
@@ -491,7 +488,7 @@ FLAGS = [                                                # flag, type, default, 
     ("--dense-epochs", WHOLE, 2, "epochs of fine-tuning before pruning"),
     ("--epochs", WHOLE, 20, "epochs of fine-pruning"),
     ("--fill-epochs", WHOLE, 0, "epochs on what is left, its zeros set free"),
-    ("--layers", lambda text: [*map(int, text.split(","))], None, "take only these, as in 0,2,4"),
+    ("--layers", numbers, None, "take only these, as in 0,2,4"),
     ("--batch-size", POSITIVE, 16, "windows in a training step"),
     ("--lr", SHARE, 3e-5, "learning rate of the weights"),
     ("--score-lr", SHARE, 1e-2, "learning rate of the scores"),
