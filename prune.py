@@ -295,7 +295,10 @@ def cubic(step, start, end, first, last):
 
 
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
-    """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate."""
+    """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate.
+
+    Under AdamW twice the rate is twice every score: ranks stay, so only soft movement feels it.
+    """
     matrices = {"params": [], "lr": lr, "weight_decay": 0.01}
     vectors = {"params": [], "lr": lr, "weight_decay": 0.0}
     scores = {"params": [], "lr": score_lr, "weight_decay": 0.0}
