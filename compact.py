@@ -183,6 +183,7 @@ def speedup_anew(batch, *folders):
 
 
 def speedup_of(batch, folders):
+    """What the new process runs; batch: token ids, mask and types, (3, B, T)."""
     import data
     return speedup(*(data.open_model(folder)[0] for folder in folders), torch.as_tensor(batch))
 

@@ -403,7 +403,7 @@ def report(run, model, small, difference):
     if RANK:
         return
     batch = run.samples[0]
-    if DEVICE.type == "cpu":
+    if DEVICE.type == "cpu":                       # a GPU's memory may not hold the models twice
         last = "filled" if run.args.fill_epochs else "compact"
         speed, *quartiles = speedup_anew(batch, run.out / "pruned", run.out / last)
     else:
