@@ -216,7 +216,8 @@ def price_list(model, batch):
 def price(prices, layers, least=1):
     """rest + the sum over the layers of heads[h] + ffn[f], in milliseconds; linear in between.
 
-    h, f count what is True, or, where the layers hold ranks (see prune.py), what is >= least.
+    h, f count what is >= least: what is True; of ranks (`keep_most` in prune.py), the best; of
+    both, with least = 0, everything.
     """
     total = prices["rest"]
     for layer in layers:

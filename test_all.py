@@ -1819,7 +1819,7 @@ def stepper(masked: bool, B: int, T: int):
     model = BertForQuestionAnswering(config).train()
     args = train.parse_args(["--speedup", "2"] if masked else [])
     groups = train.add_masks(model, args) if masked else []
-    prices = {"heads": [[0, 12], [0, 1]], "ffn": [[0, 3072], [0, 2]], "rest": 1, "dense": 37}
+    prices = {"heads": [[0, 12], [0, 1]], "ffn": [[0, 3072], [0, 2]], "rest": 1}
     run = SimpleNamespace(args=args, state={"prices": prices})
     optimizer = torch.optim.AdamW(prune.parameter_groups(model, 3e-5, 1e-2), fused=True)
     targets, count = torch.full((2 * B,), T // 2), itertools.count()

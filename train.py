@@ -227,10 +227,10 @@ def update_masks(run, model, groups, step, total):
     start = min(round(args.warmup * total), end)
     if args.speedup and groups:
         prices = run.state["prices"]
-        limit = prices["dense"] * cubic(step, start, end, 1.0, 1 / args.speedup)
         for group in groups:
             group.rank()
         layers = survivors(model, unmasked)                       # ranks, not yet True and False
+        limit = price(prices, layers, 0) * cubic(step, start, end, 1.0, 1 / args.speedup)
         keep_most(groups, lambda least: price(prices, layers, least) <= limit)
         return 0.0
     return sum(group.advance(step, start, end, args.density, lambda_)
@@ -345,10 +345,10 @@ class Run:
             distributed.broadcast_object_list(prices, device=DEVICE)
         prices = prices[0]
         say(pictures.price_table(prices))
-        prices["dense"] = price(prices, survivors(type(model)(model.config)))     # without zeros
-        if self.args.speedup * prices["rest"] >= prices["dense"]:
+        fastest = price(prices, survivors(model), 0) / prices["rest"]
+        if self.args.speedup >= fastest:
             raise ValueError(f"--speedup {self.args.speedup:g}: without any head or FFN dimension "
-                             f"it would be {prices['dense'] / prices['rest']:.2f}; ask for less")
+                             f"it would be {fastest:.2f}; ask for less")
         return prices
 
     def stage(self, name, model, epochs, groups=(), teacher=None):
@@ -421,7 +421,7 @@ def report(run, model, small, difference):
         summary |= {
             "prices": prices,
             "speedup_asked": run.args.speedup,
-            "speedup_predicted": prices["dense"] / price(prices, layers)
+            "speedup_predicted": price(prices, layers, 0) / price(prices, layers)
         }
     (run.out / "layers.svg").write_text(pictures.layers_svg([*run.state["history"], layers]))
     save_json(run.out / "summary.json", summary)
