@@ -200,12 +200,12 @@ def price_list(model, batch):
     heads = [*range(config.num_attention_heads + 1)]
     # Odd widths, as most are that pruning leaves: they take longer than multiples of 16.
     widths = [config.intermediate_size * i * i // 64 | bool(i % 8) for i in range(9)]
+    none = [0] * len(model.layers)
     with torch.device(ids.device):
         layers = [kind(config, n, 0) for n in heads] + [kind(config, 0, n) for n in widths]
-    empty = copy.deepcopy(model)
-    empty.layers = nn.ModuleList([layers[0]] * len(model.layers))
-    hidden = model.embeddings(ids, types), model.mask(mask, types)
-    calls = [(empty, batch)] + [(layer, hidden) for layer in layers]
+        empty = type(model)(replace(config, heads_per_layer=none, ffn_per_layer=none))
+    inputs = model.embeddings(ids, types), model.mask(mask, types)
+    calls = [(empty, batch)] + [(layer, inputs) for layer in layers]
     times = [[seconds(*call) for call in calls] for _ in range(15)]
     rest, *times = (1000 * np.median(times, 0)).tolist()
     attention, ffn = ((np.maximum.accumulate(part) - part[0]).tolist()
@@ -216,8 +216,8 @@ def price_list(model, batch):
 def price(prices, layers, least=1):
     """rest + the sum over the layers of heads[h] + ffn[f], in milliseconds; linear in between.
 
-    h, f count what is >= least: what is True; of ranks (`keep_most` in prune.py), the best; of
-    both, with least = 0, everything.
+    h, f count what is >= least. 1: what is True; a rank (`keep_most` in prune.py): what is ranked
+    so or better; 0: everything.
     """
     total = prices["rest"]
     for layer in layers:
@@ -240,17 +240,17 @@ def linear_weights(layers, count=Tensor.numel):
     return int(sum(count(weight) for weight in layers.parameters() if weight.ndim == 2))
 
 
-def survivors(model, alive=alive):
+def survivors(model, left=alive):
     """Which heads (H,) and FFN dimensions (F,) of every layer deletion would leave.
 
-    alive looks at the weights; prune.py's `unmasked` at the masks, of a model that has them.
+    left: `alive` looks at the weights; prune.py's `unmasked` at the masks.
     """
     layers = []
     for layer in model.layers:
         a, f = layer.attention, layer.ffn
         layers.append({
-            "heads": alive(a.value, a.output, a.head_size).cpu(),
-            "ffn": alive(f.first, f.second).cpu()
+            "heads": left(a.value, a.output, a.head_size).cpu(),
+            "ffn": left(f.first, f.second).cpu()
         })
     return layers
 

@@ -177,7 +177,10 @@ class BlockGroup:
         self.set_masks(self.measure().sigmoid() > tau)
 
     def rank(self):
-        """For `keep_most`: M = the share of all blocks that are no better, so 1 for the best."""
+        """For `keep_most`, which then makes M 0 or 1 again.
+
+        Until then M = the share of all blocks that are no better, so 1 for the best.
+        """
         order = self.measure().argsort(descending=True, stable=True)
         self.set_masks(1 - order.argsort() / self.blocks)
 
@@ -314,7 +317,7 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
 def bake(model: nn.Module) -> float:
     """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone.
 
-    Returns the density reached: the fraction of the masked weights that is not zero.
+    Returns the density reached: the fraction of the masked weights that is not zero; 1 without any.
     """
     kept = total = 0
     for linear in model.modules():
@@ -331,7 +334,7 @@ def bake(model: nn.Module) -> float:
         linear.__class__ = parametrize.type_before_parametrizations(linear)
         del linear.parametrizations
         linear.weight = weight
-    return kept / max(1, total)
+    return kept / total if total else 1.0
 
 
 def parse_block(text):

@@ -1680,7 +1680,7 @@ BAD_TRAIN = """
 --density nan | nan is not 0 to 1
 --density 0.5 --speedup 2 | not allowed with
 --speedup 0.9 | 0.9 is not 1 to 1000
---speedup 2 --method soft-movement | give another --method, --block
+--speedup 2 --method soft-movement | a --method that ranks
 --speedup 2 --block 1x1 | single weights
 --speedup 2 --ffn-block 1x1 | single weights
 --speedup 2 --epochs 0 | needs --epochs

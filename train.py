@@ -74,10 +74,10 @@ def main(argv=None):
 
 def whole_run(args):
     """The story: fine-tune, prune, delete, fill."""
-    run, model, teacher_model = prepare(args)
+    run, model, teacher = prepare(args)
     model = run.stage("dense", model, args.dense_epochs)
     taught = args.distill and args.epochs + args.fill_epochs
-    teacher = Teacher(teacher_model or model, run) if taught else None
+    teacher = Teacher(teacher or model, run) if taught else None
     groups = add_masks(model, args)
     model = run.stage("pruned", model, args.epochs, groups, teacher)
     small = compact(model)
@@ -179,7 +179,7 @@ def set_up(model, dropout):
 
 
 def set_learning_rate(optimizer, peak, step, total):
-    """Up over a tenth of the steps, then down to 0; the scores' rate stays."""
+    """Up over a tenth of the steps, then down, to 0 after the last; the scores' rate stays."""
     warm = max(1, total // 10)
     lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
     for group in optimizer.param_groups[:2]:
@@ -340,6 +340,7 @@ class Run:
 
     def ask_prices(self, model):
         """The first process's price list, for all. Raises ValueError for a speed beyond it."""
+        say("measuring what heads and FFN dimensions of a layer take, in milliseconds:")
         prices = [None if RANK else price_list(model, self.samples[0])]
         if WORLD > 1:
             distributed.broadcast_object_list(prices, device=DEVICE)
@@ -537,8 +538,8 @@ def check(args):
                 raise ValueError(f"{path}: the run would write over it; give another --out")
     single = "1x1" in (args.block, args.ffn_block)
     if args.speedup and (single or args.method == "soft-movement" or not args.epochs):
-        raise ValueError("--speedup needs --epochs, and ranked blocks larger than 1x1: single "
-                         "weights buy no speed; give another --method, --block or --ffn-block")
+        raise ValueError("--speedup needs --epochs, a --method that ranks (not soft-movement), and "
+                         "blocks larger than 1x1: single weights buy no speed")
     if args.warmup + args.cooldown >= 1:
         raise ValueError("--warmup and --cooldown together leave no step to prune in")
 

@@ -10,7 +10,7 @@ A task is a module of data/ that has
     predict(model, tokenizer, examples, settings) -> {id: text}
     score(predictions, examples)              -> {"f1": 74.2, ...}, in percent
 
-The model gives a row of logits for every window. What else a task needs is named where it acts:
+The model gives a row of logits for every target. What else a task needs is named where it acts:
 `glue` below and in train.py, for columns and labels; `questions` in train.py, for the teacher.
 """
 import argparse

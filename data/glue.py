@@ -138,7 +138,7 @@ def make_windows(sentences, tokenizer, settings):
         target = index_of(sentence.label, settings.labels) if settings.labels else 0
         if target is None:
             raise ValueError(f"{sentence.place}: label {sentence.label} is none of the model's, "
-                             f"{settings.labels}; mend or remove the line")
+                             f"such as {settings.labels[:9]}; mend or remove the line")
         codes = tokenizer.encode_batch(sentence.texts, add_special_tokens=False)
         parts = [code.ids for code in codes]
         too_many = sum(map(len, parts)) + len(parts) + 1 - settings.max_length
