@@ -1,8 +1,9 @@
 """BERT, written by hand, that opens and saves Hugging Face checkpoints.
 
-One idea: a model is its tensors. BERT is 12 identical layers of two sublayers (self-attention and a
-feed-forward network), so a table of a dozen names is all it takes to read anybody's checkpoint.
-Every layer may have its own number of heads and FFN dimensions: that is what block pruning leaves.
+One idea: a model is its tensors. BERT is 12 identical layers, and each has two sublayers:
+self-attention and a feed-forward network (FFN). So a table of a dozen names is enough to read
+anybody's checkpoint. Every layer may have its own number of heads and of FFN dimensions, because
+that is what block pruning leaves behind.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids).unbind(1)   # logits, (B, T) each
@@ -12,7 +13,8 @@ Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswa
 Is All You Need, 2017 (arXiv 1706.03762), section 3.2; Dong et al., UniLM, 2019 (arXiv 1905.03197),
 section 2.3, for generation.
 
-Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions.
+Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions,
+V words of the vocabulary.
 """
 import json
 import os
@@ -20,7 +22,7 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,30 +30,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-warnings.filterwarnings("ignore", message="Initializing zero-element")    # of layers without heads
+# A layer that lost all its heads has matrices without any element; PyTorch warns about those.
+warnings.filterwarnings("ignore", message="Initializing zero-element")
 
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-USUAL = {                          # what config.json may not say otherwise
-    "model_type": "bert",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "tie_word_embeddings": True,
-    "pruned_heads": {},
-}
+
+
+@dataclass
+class Reading:
+    """How a model reads texts and chooses answers; it is saved with the model, in config.json."""
+
+    max_length: int = 384                        # tokens in a window
+    stride: int = 128                            # tokens by which two windows overlap
+    max_answer: int = 30                         # tokens in an answer
+    null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
+    no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
 
 
 @dataclass
 class BertConfig:
     """The fields of Hugging Face's config.json that shape the computation, with BERT-base's values.
 
-    The last three are what is left in each layer of a compact model, and a classifier's id2label.
+    The last four are not BERT's: what is left in each layer of a compact model, a classifier's
+    labels (id2label in config.json), and how the model reads.
     """
 
-    vocab_size: int = 30522
+    vocab_size: int = 30522                      # V
     hidden_size: int = 768                       # C
     num_hidden_layers: int = 12
     num_attention_heads: int = 12                # H before pruning: D = C / H
@@ -66,6 +74,7 @@ class BertConfig:
     heads_per_layer: list[int] | None = None
     ffn_per_layer: list[int] | None = None
     labels: list[str] | None = None
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
@@ -76,20 +85,6 @@ class BertConfig:
         layers = self.num_hidden_layers
         self.heads_per_layer = self.heads_per_layer or [self.num_attention_heads] * layers
         self.ffn_per_layer = self.ffn_per_layer or [self.intermediate_size] * layers
-
-    @classmethod
-    def of(cls, values):
-        """What config.json says, without the fields that do not concern this model.
-
-        Raises ValueError, TypeError, KeyError or ZeroDivisionError where it makes no sense.
-        """
-        for name, usual in USUAL.items():
-            if values.get(name) not in (None, usual):
-                raise ValueError(f"{name} {values[name]} is not supported, only {usual}")
-        names = values.get("id2label") or {}
-        labels = [str(names[str(i)]) for i in range(len(names))]
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**known | {"labels": labels})
 
 
 class Embeddings(nn.Module):
@@ -115,7 +110,6 @@ class Attention(nn.Module):
 
     def __init__(self, config, heads):
         super().__init__()
-        self.heads = heads
         self.head_size = config.head_size
         width = heads * config.head_size
         self.query = nn.Linear(config.hidden_size, width)
@@ -124,19 +118,27 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, x, mask, earlier=None):
-        """x (B, T, C); mask (B, 1, 1 or T, T): who sees whom; earlier: keys and values."""
+    @property
+    def heads(self):
+        """How many heads there are now; deletion makes the matrices smaller."""
+        return self.query.out_features // self.head_size
+
+    def forward(self, x, visible, kv_cache=None):
+        """x (B, T, C); visible (B, 1, 1 or T, T): which tokens a token sees.
+
+        kv_cache: in generation, a list of the keys and values of all earlier tokens; it grows.
+        """
         if not self.heads:
-            return self.output.bias.expand_as(x)                                    # a constant
+            return self.output.bias.expand_as(x)                # without heads it is a constant
         q, k, v = (
             linear(x).unflatten(2, (self.heads, self.head_size)).transpose(1, 2)    # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
         )
-        if earlier is not None:
-            earlier.append((k, v))
-            k, v = (torch.cat(parts, 2) for parts in zip(*earlier))
+        if kv_cache is not None:
+            kv_cache.append((k, v))
+            k, v = (torch.cat(parts, 2) for parts in zip(*kv_cache))
         dropout = self.dropout.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
         return self.output(x.transpose(1, 2).flatten(2))                                 # (B, T, C)
 
 
@@ -149,9 +151,9 @@ class FFN(nn.Module):
         self.second = nn.Linear(dimensions, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x):                                              # (B, T, C)
+    def forward(self, x):                                                                # (B, T, C)
         if not self.first.out_features:
-            return self.second.bias.expand_as(x)                                    # a constant
+            return self.second.bias.expand_as(x)           # without dimensions it is a constant
         return self.second(self.activation(self.first(x)))
 
 
@@ -166,24 +168,39 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x, mask, earlier=None):
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, earlier)))      # (B, T, C)
+    def forward(self, x, visible, kv_cache=None):
+        x = self.attention_norm(x + self.dropout(self.attention(x, visible, kv_cache)))  # (B, T, C)
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class Bert(nn.Module):
-    """The encoder that every model below shares: embeddings and layers."""
+    """The encoder that the three models below share: embeddings and layers.
+
+    Each of the three adds a head: a few layers, and `head_logits`, which computes the logits.
+    """
+
+    has_head = True               # False: the checkpoint had no weights for the head (see below)
 
     def __init__(self, config):
         super().__init__()
-        self.config = replace(config, labels=None)
+        self.base_config = replace(config, labels=None)
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
         self.layers = nn.ModuleList(Layer(config, *size) for size in sizes)
 
+    @property
+    def config(self) -> BertConfig:
+        """The configuration, with the layers that there are now, and with their sizes of now."""
+        return replace(
+            self.base_config,
+            num_hidden_layers=len(self.layers),
+            heads_per_layer=[layer.attention.heads for layer in self.layers],
+            ffn_per_layer=[layer.ffn.first.out_features for layer in self.layers],
+        )
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> Tensor:
-        """The logits that `output` describes, in float32. The inputs are (B, T).
+        """The logits that `head_logits` describes, in float32. The inputs are (B, T).
 
         attention_mask: 1 for tokens, 0 for padding; token_type_ids: 1 for the second segment.
         """
@@ -191,72 +208,41 @@ class Bert(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        mask = self.mask(attention_mask, token_type_ids)
-        x = self.encode(input_ids, mask, token_type_ids)                                 # (B, T, C)
-        return self.output(x, attention_mask, token_type_ids).float()
+        visible = self.visible_tokens(attention_mask, token_type_ids)
+        x = self.encode(input_ids, visible, token_type_ids)                              # (B, T, C)
+        return self.head_logits(x, attention_mask, token_type_ids).float()
 
-    def mask(self, attention_mask, token_type_ids):
-        """Which tokens a token sees: all, but padding. (B, 1, 1, T)"""
+    def visible_tokens(self, attention_mask, token_type_ids):
+        """Which tokens a token sees: all but padding. (B, 1, 1, T)"""
         return attention_mask[:, None, None].bool()
 
-    def encode(self, input_ids, mask, token_type_ids, position=None, earlier=None):
+    def encode(self, input_ids, visible, token_type_ids, position=None, kv_caches=None):
         """What the last layer makes of the tokens (B, T): (B, T, C)."""
         x = self.embeddings(input_ids, token_type_ids, position)                         # (B, T, C)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, earlier and earlier[i])
+            x = layer(x, visible, kv_caches and kv_caches[i])
         return x
 
     def initialise(self, module):
         """Random matrices: normal with standard deviation `initializer_range`; biases 0."""
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+                nn.init.normal_(parameter, std=self.base_config.initializer_range)
             else:
                 nn.init.constant_(parameter, name.endswith("norm.weight"))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "Bert":
-        """Open a dense, pruned or compact model, in eval mode; `dtype`: of its weights.
+        """Open a dense, pruned or compact model, in eval mode; `dtype` is that of its weights.
 
-        Output layers that the checkpoint lacks start random: that is said, and `has_head` false.
-        Raises ValueError or OSError, naming file and weight, if one is missing or no number.
+        A head that the checkpoint lacks starts random: that is said, and `has_head` is False.
+        Raises ValueError or OSError, naming file and weight, if one is missing or not finite.
         """
-        path = Path(folder) / "config.json"
-        values = read_json(path)
-        try:
-            with torch.device("meta"):                       # shapes only: no memory until checked
-                model = cls(BertConfig.of(values))
-        except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"{path}: {type(error).__name__}: {error}; mend it or get it "
-                             "again") from None
-        file, tensors = read_weights(Path(folder))
-        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-        missing = []
-        for name, module in model.named_children():
-            theirs = NAMES.get(name)
-            if theirs and not any(other.startswith(theirs) for other in tensors):
-                missing.append(theirs)
-                model.initialise(module.to_empty(device="cpu"))
-        state = model.state_dict()
-        for ours, tensor in state.items():
-            if tensor.is_meta:
-                theirs = hugging_face_name(ours)
-                state[ours] = checked_weight(file, theirs, tensors.get(theirs), tensor.shape)
-        model.load_state_dict(state, assign=True)
-        model.has_head = not missing
-        if missing:
-            print(f"{file}: no output layer {', '.join(missing)}; starts random", file=sys.stderr)
-        return model.to(dtype).eval()
+        return load_checkpoint(cls, Path(folder)).to(dtype).eval()
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
-        tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
-        write_safetensors(Path(folder) / "model.safetensors", tensors)
-        values = {"architectures": [self.ARCHITECTURE], "model_type": "bert", **asdict(self.config)}
-        if labels := values.pop("labels"):
-            values["id2label"] = dict(enumerate(labels))
-            values["label2id"] = {label: i for i, label in enumerate(labels)}
-        save_json(Path(folder) / "config.json", values)
+        save_checkpoint(self, Path(folder))
 
 
 class BertForQuestionAnswering(Bert):
@@ -269,7 +255,7 @@ class BertForQuestionAnswering(Bert):
         self.span = nn.Linear(config.hidden_size, 2)
         self.initialise(self)
 
-    def output(self, x, attention_mask, token_type_ids):
+    def head_logits(self, x, attention_mask, token_type_ids):
         """Start and end logits, (B, 2, T), start first; padding gets -1e4, which is finite."""
         logits = self.span(x).transpose(1, 2).float()                                    # (B, 2, T)
         return logits.masked_fill(attention_mask[:, None] == 0, -1e4)
@@ -288,62 +274,45 @@ class BertForSequenceClassification(Bert):
         self.initialise(self)
 
     def set_labels(self, labels):
-        """Classes to learn, by name, with a random classifier."""
-        self.config.labels = labels
-        self.classifier = nn.Linear(self.config.hidden_size, len(labels))
+        """Learn these classes, given by name, with a random classifier."""
+        self.base_config.labels = labels
+        self.classifier = nn.Linear(self.base_config.hidden_size, len(labels))
         self.initialise(self.classifier)
 
-    def output(self, x, attention_mask, token_type_ids):
+    def head_logits(self, x, attention_mask, token_type_ids):
         """Logits (B, labels)."""
         pooled = self.pooler(x[:, 0]).tanh()                                             # (B, C)
         return self.classifier(self.dropout(pooled))
 
 
 class BertForGeneration(Bert):
-    """BERT that reads a source (type 0) and writes a target (type 1); BertForMaskedLM's weights."""
+    """BERT that reads a source (type 0) and writes a target (type 1).
+
+    Its weights are those of BertForMaskedLM. All tokens see the source; a token of the target sees
+    also itself and the tokens of the target before it. This is UniLM's prefix mask.
+    """
 
     ARCHITECTURE = "BertForMaskedLM"
 
     def __init__(self, config):
         super().__init__(config)
-        self.vocabulary = Vocabulary(config)
+        self.vocabulary = VocabularyHead(config)
         self.initialise(self)
 
-    def mask(self, attention_mask, token_type_ids):
+    def visible_tokens(self, attention_mask, token_type_ids):
         """(B, 1, T, T): row i sees column j if j is of the source, or j <= i; never padding."""
         T = attention_mask.shape[1]
-        before = attention_mask.new_ones(T, T).tril().bool()
-        source = token_type_ids[:, None, None] == 0
-        return super().mask(attention_mask, token_type_ids) & (source | before)
+        not_later = attention_mask.new_ones(T, T).tril().bool()                          # j <= i
+        source = token_type_ids[:, None, None] == 0                                # (B, 1, 1, T)
+        return super().visible_tokens(attention_mask, token_type_ids) & (source | not_later)
 
-    def output(self, x, attention_mask, token_type_ids):
+    def head_logits(self, x, attention_mask, token_type_ids):
         """Logits (N, V) of the token behind each of the N tokens of type 1, in their order."""
         return self.vocabulary(x[token_type_ids == 1], self.embeddings.word.weight)
 
-    @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, token_type_ids, sep, longest):
-        """The likeliest target, (B, n), n <= longest; to be ignored from the first `sep` on.
 
-        As in training it starts with a `sep` of its own; `earlier` keeps all keys and values.
-        """
-        earlier = [[] for _ in self.layers]
-        mask = super().mask(attention_mask, token_type_ids)
-        self.encode(input_ids, mask, token_type_ids, earlier=earlier)
-        ones = torch.ones_like(input_ids[:, :1])                                         # (B, 1)
-        tokens = [sep * ones]
-        ended = ones == 0
-        while len(tokens) <= longest and not ended.all():
-            position = attention_mask.sum(1, keepdim=True)                               # (B, 1)
-            attention_mask = torch.cat([attention_mask, ones], 1)
-            mask = super().mask(attention_mask, ones)                              # (B, 1, 1, T)
-            x = self.encode(tokens[-1], mask, ones, position, earlier)                   # (B, 1, C)
-            tokens.append(self.vocabulary(x, self.embeddings.word.weight).argmax(-1))
-            ended |= tokens[-1] == sep
-        return torch.cat(tokens[1:], 1)
-
-
-class Vocabulary(nn.Module):
-    """A number for every token of the vocabulary: how well its word embedding fits."""
+class VocabularyHead(nn.Module):
+    """A number for every word of the vocabulary: how well its embedding fits."""
 
     def __init__(self, config):
         super().__init__()
@@ -352,12 +321,14 @@ class Vocabulary(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
-    def forward(self, x, words):                     # (..., C), (V, C)
+    def forward(self, x, words):                                                # (..., C), (V, C)
         x = self.norm(self.activation(self.transform(x)))
-        return F.linear(x, words, self.bias)                                   # (..., V)
+        return F.linear(x, words, self.bias)                                             # (..., V)
 
 
-# Names: ours -> Hugging Face's; # is the number of a layer.
+# ------------------------------------------------------------------------------------- Checkpoints
+
+# Names of modules: ours -> Hugging Face's; # stands for the number of a layer.
 NAMES = {
     "embeddings.word": "bert.embeddings.word_embeddings",
     "embeddings.position": "bert.embeddings.position_embeddings",
@@ -378,6 +349,14 @@ NAMES = {
     "vocabulary.transform": "cls.predictions.transform.dense",
     "vocabulary.norm": "cls.predictions.transform.LayerNorm",
 }
+# What config.json may say of these, if it says anything: BERT's other variants are not supported.
+SUPPORTED = {
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "tie_word_embeddings": True,
+    "pruned_heads": {},
+}
 
 
 def hugging_face_name(ours):
@@ -393,12 +372,70 @@ def canonical_name(theirs):
     return re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\g<0>", name)
 
 
+def load_checkpoint(kind, folder):
+    """A model of class `kind` with the weights of a folder; see `Bert.from_pretrained`."""
+    path = folder / "config.json"
+    values = read_json(path)
+    try:
+        with torch.device("meta"):                 # only shapes: no memory is taken until checked
+            model = kind(config_from_json(values))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+            RuntimeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; no model can be made of "
+                         "this") from None
+    file, tensors = read_weights(folder)
+    tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    missing = []                                   # parts of the head that the file lacks
+    for name, module in model.named_children():
+        theirs = NAMES.get(name)
+        if theirs and not any(other.startswith(theirs) for other in tensors):
+            missing.append(theirs)
+            model.initialise(module.to_empty(device="cpu"))
+    state = model.state_dict()
+    for ours, tensor in state.items():
+        if tensor.is_meta:
+            theirs = hugging_face_name(ours)
+            state[ours] = checked_weight(file, theirs, tensors.get(theirs), tensor.shape)
+    model.load_state_dict(state, assign=True)
+    model.has_head = not missing
+    if missing:
+        print(f"{file}: no output layer {', '.join(missing)}; it starts random", file=sys.stderr)
+    return model
+
+
+def save_checkpoint(model, folder):
+    """Write config.json and model.safetensors."""
+    tensors = {hugging_face_name(ours): tensor for ours, tensor in model.state_dict().items()}
+    write_safetensors(folder / "model.safetensors", tensors)
+    values = {"architectures": [model.ARCHITECTURE], "model_type": "bert", **asdict(model.config)}
+    if labels := values.pop("labels"):
+        values["id2label"] = dict(enumerate(labels))
+        values["label2id"] = {label: i for i, label in enumerate(labels)}
+    save_json(folder / "config.json", values)
+
+
+def config_from_json(values):
+    """The BertConfig in what config.json holds. Where it makes no sense, all kinds of errors."""
+    for name, only in SUPPORTED.items():
+        if values.get(name) not in (None, only):
+            raise ValueError(f"{name} {values[name]} is not supported, only {only}")
+    known = {entry.name: values[entry.name] for entry in fields(BertConfig) if entry.name in values}
+    id2label = values.get("id2label") or {}
+    known["labels"] = [str(id2label[str(i)]) for i in range(len(id2label))]
+    known["reading"] = reading = Reading()
+    for name, value in values.get("reading", {}).items():
+        setattr(reading, name, type(getattr(reading, name))(value))
+    config = BertConfig(**known)
+    reading.max_length = min(reading.max_length, config.max_position_embeddings)
+    return config
+
+
 def read_json(path):
     """Read a JSON object. Raises ValueError or OSError."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend it, or name its --task") from None
+        raise ValueError(f"{path}: not JSON ({error}); is it the right file?") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, {{...}}; is it the right file?")
     return value
@@ -415,7 +452,7 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         partial_path.replace(path)
-    except (OSError, RuntimeError) as error:                   # torch.save's word for a full disk
+    except (OSError, RuntimeError) as error:            # torch.save raises the latter on full disks
         raise OSError(f"{path}: not written ({error}); disk full?") from None
     finally:
         partial_path.unlink(missing_ok=True)

@@ -1,32 +1,40 @@
 """Block movement pruning for any nn.Linear: learn, block by block, which weights can go.
 
-One idea: the weight a layer uses is computed from the weight it stores, W' = W * expand(M), where
-the mask M has one entry per block. M is 0 or 1, so it has no slope; the straight-through estimator
-takes its slope with respect to the block's score S as 1. A score then rises when gradient descent
-moves its block away from zero and falls when it moves it towards zero. The best scores stay.
+One idea: a layer uses W' = W * expand(M) instead of its weight W. The mask M has one entry for each
+block of r x c weights: 1 keeps the block, 0 drops it. Every block also has a score S, a learned
+number, and M is 1 for the blocks with the best scores.
+
+M is a step function of S, and the slope of a step is 0, so S could learn nothing from it. The
+straight-through estimator (STE) therefore pretends that this slope is 1:
+
+    forward      W' = W * expand(M)
+    backward     dL/dW    = dL/dW' * expand(M)
+                 dL/dS_ij = sum over block ij of dL/dW' * W
+
+Why does this measure usefulness? Call g the gradient dL/dW' of a weight in use. Gradient descent
+moves W along -g, and S along -(sum of g W). So S rises where training pushes weights away from
+zero (g and W have opposite signs) and falls where it pushes them towards zero. Hence "movement".
+A dropped block can come back: its weights get no gradient, but its score still does, because g is
+the gradient of W', which exists where W' is 0, too.
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
-    group.advance(step, start=100, end=600, density=0.25)      # at every training step
-    bake(model)                       # plain nn.Linear layers again, with exact zeros
+    group.advance(step, start=100, end=600, density=0.25)      # before every training step
+    bake(model)                                   # plain nn.Linear layers again, with exact zeros
 
-| method        | kept                                  | what decides about the size          |
-|---------------|---------------------------------------|--------------------------------------|
-| movement      | the best fraction v by score          | v, to the block: `keep(v)`           |
-| magnitude     | the best fraction v by mean |W|       | v, to the block: `keep(v)`           |
-| soft-movement | every block with sigmoid(S) > tau     | lambda * mean(sigmoid(S)) in the     |
-|               |                                       | loss: `keep_above(tau)`, `penalty()` |
-
-v is what was asked for, or the greatest that meets another wish, such as a speed: `keep_most`.
+| method        | which blocks are kept              | what decides how many                   |
+|---------------|------------------------------------|-----------------------------------------|
+| movement      | those with the best scores         | you do: a fraction v of all blocks      |
+| magnitude     | those with the greatest mean |W|   | you do: a fraction v of all blocks      |
+| soft-movement | those with sigmoid(S) > tau        | a penalty in the loss that lowers all S |
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3;
 Sanh et al., Movement Pruning, 2020 (arXiv 2005.07683), sections 3 and 4 (all three methods).
 
-Shapes in comments: a matrix is (out, in); its blocks are r x c; its scores are (R, C), where
+Shapes in comments: a matrix is (out, in), its blocks are r x c, and its scores are (R, C), where
 R = ceil(out / r) and C = ceil(in / c), so blocks at the edges may be smaller.
 """
 import re
 import warnings
-from bisect import bisect_left
 from fnmatch import fnmatch
 from math import ceil
 
@@ -42,15 +50,15 @@ TAU = 0.1                                       # soft movement pruning's final 
 class BlockMask(nn.Module):
     """W' = W * expand(M): a parametrization of a weight (out, in) by scores (R, C).
 
-    dL/dW    = dL/dW' * expand(M)
-    dL/dS_ij = sum over block ij of dL/dW' * W
+    The scores are a parameter, which the optimizer changes. M is the buffer `kept`, which
+    `BlockGroup.advance` sets anew before every training step.
     """
 
     def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
         transposed  this matrix reads what the others write: its transpose is cut and scored
-        owner       the mask whose scores this one uses, so that both keep the same blocks
+        owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
         out, in_ = weight.T.shape if transposed else weight.shape
@@ -63,11 +71,13 @@ class BlockMask(nn.Module):
         shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
         self.block = (r, c)
         self.transposed = transposed
-        self.owner = (owner or self,)           # in a tuple: PyTorch registers the scores only once
+        self.schedule_ended = True              # False while `advance` is on its way
+        # In a tuple, so that PyTorch doesn't register another mask's scores a second time here.
+        self.owner = (owner or self,)
         if owner is None:
             ones = torch.ones(shape, dtype=torch.float32, device=weight.device)
-            self.scores = nn.Parameter(torch.zeros_like(ones))
-            self.register_buffer("kept", ones)                                        # M, 0 or 1
+            self.scores = nn.Parameter(torch.zeros_like(ones))                             # S
+            self.register_buffer("kept", ones)                                     # M, 0 or 1
         elif owner.scores.shape != shape:
             raise ValueError(f"{block} ties matrices together whose sizes differ")
 
@@ -99,40 +109,50 @@ class BlockMask(nn.Module):
 
 
 class BlockGroup:
-    """Linear layers whose blocks are ranked together; masks are attached to `model` at once."""
+    """Linear layers whose blocks compete with each other; masks are attached to `model` at once.
+
+    The blocks of all these layers are ranked together, so that some layers keep more than others.
+    Blocks of two groups do not compete. A model usually has two groups: attention and FFN.
+    """
 
     def __init__(self, model: nn.Module, block: str, rows: list, columns: list = (),
                  unit: int = 1, method: str = "movement"):
         """Mask the nn.Linear layers whose names match. Raises ValueError, and then masks none.
 
         block    "32x32", "1xall", ...: r outputs by c inputs, `all` for a whole dimension
-        rows     name patterns of matrices with r x c blocks (a layer's query, key, value)
-        columns  name patterns of matrices that read what those write: c x r blocks (its output)
-        unit     rows that belong together (a head's size). Where the block is r x all and r a
-                 multiple of `unit` (1xall; 64xall with heads of 64), the n-th match of every
-                 pattern shares its scores, so that the same rows and columns go; its gradient is
-                 the sum over all of them. Else (32x32) every matrix has its own.
-        method   one of METHODS; magnitude's scores are not learned
+        rows     name patterns of the matrices that write (a layer's query, key and value): they are
+                 cut into r x c blocks
+        columns  name patterns of the matrices that read what those write (its output): they are cut
+                 into c x r blocks
+        unit     how many rows belong together: the size of a head in the attention, else 1
+        method   one of METHODS; with magnitude, scores are not learned
         """
         if method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
         self.method = method
-        r, c = parse_block(block)
-        found = [find_linears(model, pattern) for pattern in (*rows, *columns)]
-        every = sum(found, [])
+        writers = [find_linears(model, pattern) for pattern in rows]
+        readers = [find_linears(model, pattern) for pattern in columns]
+        every = sum(writers + readers, [])
         check_free(model, every)
-        if r and c is None and r % unit == 0:
-            counts = [*map(len, found)]
+
+        # A block of whole rows (1xall, or 64xall with heads of 64) stands for outputs, and an
+        # output is worth nothing without the column that reads it. So the n-th matrices of all
+        # patterns share one score for each such block, and its gradient is the sum over them all.
+        # A smaller block (32x32) is of use by itself, so every matrix has scores of its own.
+        r, c = parse_block(block)
+        shares_scores = r is not None and c is None and r % unit == 0
+        if shares_scores:
+            counts = [len(linears) for linears in writers + readers]
             if len(set(counts)) > 1:
                 raise ValueError(f"{block} ties layers together, but the patterns match {counts}")
-            self.sharing = [*zip(*found)]                             # the n-th of every pattern
+            self.sharing = list(zip(*writers, *readers))
         else:
             self.sharing = [(linear,) for linear in every]
         if not self.sharing:
             raise ValueError("there is no weight to mask")
-        transposed = sum(found[len(rows):], [])
 
-        self.masks = []                                               # those that own scores
+        transposed = sum(readers, [])
+        self.masks = []                                      # those that own scores
         attach = []
         for linears in self.sharing:
             owner = None
@@ -154,62 +174,14 @@ class BlockGroup:
 
     @property
     def density(self) -> float:
-        """The fraction of blocks kept."""
+        """The fraction of this group's blocks that are kept now."""
         return int(sum(mask.kept.count_nonzero() for mask in self.masks)) / self.blocks
-
-    def blocks_to_keep(self, density):
-        """round(density * blocks). Raises ValueError if that is none, or more than all."""
-        kept = round(density * self.blocks) if 0 <= density <= 1 else 0
-        if not kept:
-            raise ValueError(f"density {density}: give one that keeps some of {self.blocks} "
-                             "blocks, and 1 at most")
-        return kept
-
-    def keep(self, density: float):
-        """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.
-
-        Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
-        """
-        self.set_masks(best(self.measure(), self.blocks_to_keep(density)))
-
-    def keep_above(self, tau):
-        """Keep the blocks with sigmoid(S) > tau."""
-        self.set_masks(self.measure().sigmoid() > tau)
-
-    def rank(self):
-        """For `keep_most`, which then makes M 0 or 1 again.
-
-        Until then M = the share of all blocks that are no better, so 1 for the best.
-        """
-        order = self.measure().argsort(descending=True, stable=True)
-        self.set_masks(1 - order.argsort() / self.blocks)
-
-    def set_masks(self, values):
-        """Set M of all blocks, (blocks,)."""
-        vector_to_parameters(values.float(), [mask.kept for mask in self.masks])
-
-    @torch.no_grad()
-    def measure(self):
-        """The scores of all blocks, (blocks,); by magnitude, their mean |W| at this moment."""
-        if self.method == "magnitude":
-            for mask, linears in zip(self.masks, self.sharing):
-                weights = [linear.parametrizations.weight for linear in linears]
-                sizes = [masked[0].magnitude(masked.original) for masked in weights]
-                mask.scores.copy_(sum(sizes) / len(sizes))
-        scores = parameters_to_vector(self.scores)
-        if scores.isnan().any():
-            raise ArithmeticError("scores are NaN; lower the learning rates, or clip gradients")
-        return scores
-
-    def penalty(self):
-        """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
-        return sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
 
     def advance(self, step: int, start: int, end: int, density: float | None = None,
                 lambda_: float | None = None) -> Tensor | float:
-        """Set the masks of this step, on the way from all blocks at `start` to the last at `end`.
+        """Set M for this step, on the way from all blocks at `start` to the last ones at `end`.
 
-        density  what movement and magnitude pruning end with
+        density  the fraction of blocks that movement and magnitude pruning end with
         lambda_  the final weight of soft movement's penalty
         Returns what is to be added to the loss: lambda(t) * penalty, or 0.
         """
@@ -220,6 +192,8 @@ class BlockGroup:
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
                           "masks, from parameter_groups(model, lr, score_lr)", stacklevel=2)
+        for mask in self.masks:
+            mask.schedule_ended = step >= end
         if soft:
             self.keep_above(cubic(step, start, end, 0.0, TAU))
             return cubic(step, start, end, 0.0, lambda_) * self.penalty()
@@ -227,68 +201,59 @@ class BlockGroup:
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
 
+    def keep(self, density: float):
+        """Keep the best `density` of all blocks: exactly round(density * blocks), ties by index.
 
-def find_linears(model, pattern):
-    """The layers whose names match, empty ones left out. Raises ValueError if none is linear."""
-    matches = [module for name, module in model.named_modules() if fnmatch(name, pattern)]
-    linears = [module for module in matches if isinstance(module, nn.Linear)]
-    if not linears:
-        kinds = {type(module).__name__ for module in matches}
-        raise ValueError(f"{pattern!r} names no nn.Linear, but {kinds or 'nothing'}")
-    return [linear for linear in linears if linear.in_features * linear.out_features]
+        Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
+        """
+        self.set_masks(best(self.current_scores(), self.blocks_to_keep(density)))
 
+    def keep_above(self, tau):
+        """Keep the blocks with sigmoid(S) > tau."""
+        self.set_masks(self.current_scores().sigmoid() > tau)
 
-def check_free(model, linears):
-    """Raises ValueError for a layer that has a mask, or whose weight another module uses, too."""
-    for linear in linears:
-        if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
-            raise ValueError("a layer is masked twice; let one pattern match it")
-        names = [name for name, weight in model.named_parameters(remove_duplicate=False)
-                 if weight is linear.weight]
-        if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)} share one weight: a mask on one would change "
-                             "the other; leave both out, or give each its own")
+    def penalty(self):
+        """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
+        return sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
+
+    def blocks_to_keep(self, density):
+        """round(density * blocks). Raises ValueError if that is none, or more than all."""
+        count = round(density * self.blocks) if 0 <= density <= 1 else 0
+        if not count:
+            raise ValueError(f"density {density}: give one that keeps some of {self.blocks} "
+                             "blocks, and 1 at most")
+        return count
+
+    @torch.no_grad()
+    def current_scores(self):
+        """The scores of all blocks, (blocks,); with magnitude, their mean |W| at this moment."""
+        if self.method == "magnitude":
+            for mask, linears in zip(self.masks, self.sharing):
+                weights = [linear.parametrizations.weight for linear in linears]
+                sizes = [masked[0].magnitude(masked.original) for masked in weights]
+                mask.scores.copy_(sum(sizes) / len(sizes))
+        scores = parameters_to_vector(self.scores)
+        if scores.isnan().any():
+            raise ArithmeticError("scores are NaN; lower the learning rates, or clip gradients")
+        return scores
+
+    def set_masks(self, kept):
+        """Set M of all blocks, (blocks,), True where a block is kept."""
+        vector_to_parameters(kept.float(), [mask.kept for mask in self.masks])
 
 
 def best(scores, k):
     """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n."""
     threshold = scores.topk(k, sorted=False).values.min()
-    kept = scores > threshold
+    above = scores > threshold
     ties = scores == threshold
-    return kept | ties & (ties.cumsum(0) <= k - kept.sum())
-
-
-def keep_most(groups, fits):
-    """Keep the best share of every group's blocks, the greatest that fits. First, `rank` each.
-
-    fits(least): is what has M >= least little enough? By bisection, to the block; the best block of
-    each group stays, fit or not.
-    """
-    masks = [mask for group in groups for mask in group.masks]
-    ranks = parameters_to_vector(mask.kept for mask in masks).unique().tolist()
-    least = ranks[bisect_left(ranks[:-1], True, key=fits)]
-    for mask in masks:
-        mask.kept.copy_(mask.kept >= least)
-
-
-def unmasked(first, second, size=1):
-    """What the masks leave between two layers: M of dimensions (F,), or of heads (H,) of `size`.
-
-    A dimension needs a block in its row of the first and in its column of the second.
-    """
-    if not first.out_features:                                      # empty layers have no mask
-        return torch.ones(0)
-    units = []
-    for linear in (first, second):
-        mask = linear.parametrizations.weight[0]
-        units.append(mask.owner[0].kept.amax(1).repeat_interleave(mask.block[0]))
-    return torch.minimum(*units)[:first.out_features].view(-1, size).amax(1)
+    return above | ties & (ties.cumsum(0) <= k - above.sum())
 
 
 def cubic(step, start, end, first, last):
-    """v(t) = v_end + (v_0 - v_end) * (1 - (t - t0) / (t1 - t0))^3, t0 = start, t1 = end.
+    """v(t) = v_end + (v_0 - v_end) * (1 - (t - t0) / (t1 - t0))^3, with t0 = start and t1 = end.
 
-    The density falls so from 1 to its target; tau and lambda rise so from 0.
+    The fraction of blocks kept falls so from 1 to its target; tau and lambda rise so from 0.
     """
     if step < start:
         return first
@@ -300,7 +265,8 @@ def cubic(step, start, end, first, last):
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate.
 
-    Under AdamW twice the rate is twice every score: ranks stay, so only soft movement feels it.
+    AdamW makes twice the rate twice every score, which leaves their order as it is. So the rate
+    of the scores matters for soft movement only, where they are compared with a threshold.
     """
     matrices = {"params": [], "lr": lr, "weight_decay": 0.01}
     vectors = {"params": [], "lr": lr, "weight_decay": 0.0}
@@ -326,6 +292,10 @@ def bake(model: nn.Module) -> float:
         masked = linear.parametrizations.weight
         if not isinstance(masked[0], BlockMask):
             continue
+        if not masked[0].owner[0].schedule_ended:
+            warnings.warn("the masks are baked before the `end` of their schedule, so more blocks "
+                          "stay than you asked for; let `end` come before the last step",
+                          stacklevel=2)
         weight = masked.original
         weight.copy_(linear.weight)
         kept += int(weight.count_nonzero())
@@ -335,6 +305,28 @@ def bake(model: nn.Module) -> float:
         del linear.parametrizations
         linear.weight = weight
     return kept / total if total else 1.0
+
+
+def find_linears(model, pattern):
+    """The layers whose names match, empty ones left out. Raises ValueError if none is linear."""
+    matches = [module for name, module in model.named_modules() if fnmatch(name, pattern)]
+    linears = [module for module in matches if isinstance(module, nn.Linear)]
+    if not linears:
+        kinds = {type(module).__name__ for module in matches}
+        raise ValueError(f"{pattern!r} names no nn.Linear, but {kinds or 'nothing'}")
+    return [linear for linear in linears if linear.in_features * linear.out_features]
+
+
+def check_free(model, linears):
+    """Raises ValueError for a layer that has a mask, or whose weight another module uses, too."""
+    for linear in linears:
+        if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
+            raise ValueError("a layer is masked twice; let one pattern match it")
+        names = [name for name, weight in model.named_parameters(remove_duplicate=False)
+                 if weight is linear.weight]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} share one weight: a mask on one would change "
+                             "the other; leave both out, or give each its own")
 
 
 def parse_block(text):

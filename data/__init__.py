@@ -1,45 +1,37 @@
-"""What both command lines share: the tasks by name, saved models with all that belongs to them,
-and errors of one line.
+"""The tasks by name, and opening a saved model with all that belongs to it.
 
-A task is a module of data/ that has
+One idea: train.py and compact.py know no task. A task is a module of this folder that has
 
-    MODEL, HEADLINE                                          its class, and the score that counts
-    read(path, train), generated(split)       -> examples    each with an `id`; glue takes columns
-    example(text, path)                       -> an example  with the id "--ask"
-    make_windows(examples, tokenizer, settings) -> [Window]
-    predict(model, tokenizer, examples, settings) -> {id: text}
-    score(predictions, examples)              -> {"f1": 74.2, ...}, in percent
+    MODEL, HEADLINE              its model's class, and the name of the score that counts
+    KEEPS_LOGITS                 whether memory holds a teacher's logits on all windows
+    SUFFIX                       of the files it reads
+    read(path, train, columns)                           -> examples, each with an `id`
+    example(text, path)                                  -> an example with the id "--ask"
+    prepare_model(model, examples)                       what the model must know about its data
+    targets_agree(teacher, model, examples)              -> do targets mean the same to both?
+    make_windows(examples, tokenizer, config)            -> [Window], see text.py
+    predict(model, tokenizer, examples)                  -> {id: text}
+    score(predictions, examples)                         -> {"f1": 74.2, ...}, in percent
 
-The model gives a row of logits for every target. What else a task needs is named where it acts:
-`glue` below and in train.py, for columns and labels; `questions` in train.py, for the teacher.
+The model gives a row of logits for every target of its windows, in their order.
 """
-import argparse
-import os
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import distributed
-
-from data import glue, pictures, questions, squad, text  # noqa: F401
+from data import classification, generation, qa
+from data.run import DEVICE, note
 from data.text import collate, copy_tokenizer, load_tokenizer, split
 from model import read_json
 
-TASKS = {"qa": squad, "classification": glue, "generation": questions}
-
-RANK, WORLD, LOCAL = 0, 1, 0                               # this process, of how many; its device
-if distributed.is_torchelastic_launched():                 # by torchrun
-    RANK = int(os.environ["RANK"])
-    WORLD = int(os.environ["WORLD_SIZE"])
-    LOCAL = int(os.environ["LOCAL_RANK"])
-DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
+TASKS = {"qa": qa, "classification": classification, "generation": generation}
 
 
-def open_model(folder, task=None, max_length=0):
-    """A saved model, its tokenizer and its task, checked against each other and the window.
+def open_model(folder, task=None, flags=None):
+    """A saved model, its tokenizer and its task, checked against each other.
 
-    task: read from config.json unless given. Raises ValueError or OSError.
+    task   the one that config.json names, unless given
+    flags  may say how to read (max_length, stride, ...); what they leave out, or None, the model
+           remembers from its training
+    Raises ValueError or OSError.
     """
     if task is None:
         task = task_of(folder)
@@ -50,9 +42,12 @@ def open_model(folder, task=None, max_length=0):
     if known > config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {known} tokens, the model "
                          f"{config.vocab_size}; take both from the same checkpoint")
-    if max_length > config.max_position_embeddings:
+    for name in vars(config.reading):
+        if getattr(flags, name, None) is not None:
+            setattr(config.reading, name, getattr(flags, name))
+    if config.reading.max_length > config.max_position_embeddings:
         raise ValueError(f"{folder}: the model reads {config.max_position_embeddings} tokens at "
-                         f"most; lower --max-length {max_length}")
+                         f"most; lower --max-length {config.reading.max_length}")
     if config.type_vocab_size < 2:
         raise ValueError(f"{folder}: type_vocab_size is 1, so it can't tell two segments apart")
     return model.to(DEVICE), tokenizer, task
@@ -83,65 +78,38 @@ def save_model(model, folder, source):
 def read_examples(task, path, split, columns):
     """The examples of a file, or of the generated corpus; split: "train" or "dev"."""
     if path is None:
-        text.note("no file is given: this is the generated corpus")
-        return task.generated(split)
-    if task is glue:
-        return glue.read(path, columns)
-    return task.read(path, train=split == "train")
+        path = Path(__file__).parent / f"corpus/{split}.{task.SUFFIX}"
+        note("no file is given: this is the generated corpus of data/corpus")
+    return task.read(path, split == "train", columns)
 
 
 def read_predictions(path, examples):
     """Read a predictions file: an example's id -> text. Raises ValueError or OSError."""
     value = read_json(path)
-    if not all(isinstance(said, str) for said in value.values()):
+    if not all(isinstance(text, str) for text in value.values()):
         raise ValueError(f"{path}: not predictions; they map every example's id to a text")
     missing = sum(example.id not in value for example in examples)
     if missing:
-        text.note(f"{path}: no prediction for {missing} of {len(examples)} "
-                  "examples; if it is another task's, give --task")
+        note(f"{path}: no prediction for {missing} of {len(examples)} examples; if it is another "
+             "task's, give --task")
     return value
+
+
+def evaluate(args):
+    """--eval: scores of a saved model's folder, or of a predictions.json."""
+    task = TASKS.get(args.task)
+    if not Path(args.eval).is_dir():
+        task = task or qa
+        examples = read_examples(task, args.dev, "dev", args.columns)
+        return task.score(read_predictions(args.eval, examples), examples)
+    model, tokenizer, task = open_model(args.eval, task, args)
+    if not model.has_head:
+        raise ValueError(f"{args.eval}: has not learnt this task; give another --task")
+    examples = read_examples(task, args.dev, "dev", args.columns)
+    return task.score(task.predict(model, tokenizer, examples), examples)
 
 
 def sample_inputs(windows, tokenizer):
     """The model's inputs, of the first 256 windows, in batches of eight: to compare models on."""
     pad = tokenizer.token_to_id("[PAD]")
     return [collate(part, pad, DEVICE)[0] for part in split(windows[:256], 8)]
-
-
-# ------------------------------------------------------------------------------- errors of one line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, and an empty argument is one."""
-
-    def parse_args(self, *arguments):
-        args = super().parse_args(*arguments)
-        if "" in vars(args).values():
-            fail("an argument is empty; give a path or leave it out")
-        return args
-
-    def error(self, message):
-        fail(f"{message}; see --help")
-
-
-@contextmanager
-def one_line_errors():
-    """What comes from outside and is refused ends the program with one line and status 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail("stopped; train.py goes on with a run if given --resume", status=130)
-    except OSError as error:
-        if error.strerror is None:
-            fail(str(error))
-        fail(f"{error.filename or 'output'}: {error.strerror}; "
-             f"{'make room' if 'space' in error.strerror else 'check the path'}")
-    except (ValueError, ArithmeticError) as error:
-        fail(str(error))
-
-
-def fail(message, status=2):
-    """One line on standard error, and the end."""
-    if RANK == 0:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)

@@ -1,15 +1,13 @@
 """Text and tensors, the same for every task: a saved model's tokenizer; windows -> batches.
 
-A task cuts its examples into windows: tokens of type 0, the first one [CLS], then tokens of type 1.
+A task cuts its examples into windows: tokens of type 0, of which the first is [CLS], then tokens of
+type 1. `collate` makes the model's inputs of some windows, padded to the longest of them.
 
 Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
 """
-import json
 import random
 import shutil
-import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,8 +15,8 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
+from data.run import note, progress_bar
 from model import read_json
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
@@ -31,17 +29,6 @@ TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "
 
 
 @dataclass
-class Settings:
-    """How a task cuts texts and chooses answers: flags of these names, and a model's labels."""
-
-    max_length: int = 384                    # tokens in a window
-    stride: int = 128                        # tokens by which two windows overlap
-    max_answer: int = 30                     # tokens in an answer
-    null_threshold: float = 0.0              # no answer where [CLS] scores higher by more
-    labels: list[str] | None = None          # a classifier's, in its order
-
-
-@dataclass
 class Window:
     """What the model reads, and what it should say."""
 
@@ -49,12 +36,6 @@ class Window:
     ids: Tensor                              # (T,) tokens
     first: int                               # where type 1 begins
     targets: Tensor                          # (n,) one class, token or position each
-
-
-@cache
-def note(message):
-    """Say something on standard error, once."""
-    print(message, file=sys.stderr)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -77,7 +58,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if kind.startswith("Bert"):
             apply_settings(tokenizer, settings, path)
         tokenizer.encode("\u2603")
-    except BaseException as error:                   # the library's are no Exception, some of them
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:             # a panic of the library is a BaseException only
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
     for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
         if tokenizer.token_to_id(token) is None:
@@ -87,11 +70,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def apply_settings(tokenizer, settings, path):
     """What tokenizer_config.json says counts, also against tokenizer.json, as in transformers."""
-    normal = json.loads(tokenizer.to_str())["normalizer"] or {}
-    if normal.pop("type", None) == "BertNormalizer":
+    if isinstance(tokenizer.normalizer, BertNormalizer):
         for name, theirs in NORMALIZER.items():
-            normal[name] = settings.get(theirs, normal[name])
-        tokenizer.normalizer = BertNormalizer(**normal)
+            if theirs in settings:
+                setattr(tokenizer.normalizer, name, settings[theirs])
     if path.name != "vocab.txt":
         return
     words = [token for token in tokenizer.get_vocab() if token[:1] != "["]
@@ -149,16 +131,16 @@ def collate(windows, pad, device):
 def run_model(model, windows, pad, call=None):
     """The index of every window, in no order, and what the model, or `call`, makes of it.
 
-    Raises ArithmeticError for logits that are no numbers (the tokens of `call` hide them).
+    Raises ArithmeticError for logits that are not finite.
     """
     model.eval()
     device = next(model.parameters()).device
-    # Long ones first, so that the memory they took serves the others.
+    # Long windows come first, so that the memory they took serves the others.
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
-    for indices in tqdm(split(order, 32), "evaluate", leave=False, disable=None):
+    for indices in progress_bar(split(order, 32), "evaluate"):
         inputs, _ = collate([windows[i] for i in indices], pad, device)
         results = (call or model)(*inputs).cpu()
         if not results.isfinite().all():
             raise ArithmeticError(f"example {windows[indices[0]].id} or one of its length: the "
-                                  "logits are no numbers")
+                                  "logits are not finite")
         yield from zip(indices, results)

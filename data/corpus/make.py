@@ -1,10 +1,12 @@
-"""A small corpus in SQuAD's format, made up from templates, to run the whole method offline.
+"""How the generated corpus beside this file was made; a run reads the files, not this script.
 
-Every paragraph tells the same few things about several people, so the answer can be found neither
-without the question nor without the paragraph. No person (first and last name), town or dog of the
-development set occurs in training.
+    python data/corpus/make.py            # writes train.json, dev.json, train.tsv, dev.tsv anew
+    python data/corpus/make.py pretrain.json     # what data/tiny-bert learnt from: tiny_bert.py
 
-    python data/corpus.py dev > dev.json           # to look at; or train, or pretrain
+Every paragraph is made up from templates and tells the same few things about several people, so
+the answer can be found neither without the question nor without the paragraph. No person (first
+and last name), town or dog of the development set occurs in training. The tables ask whether a
+sentence answers a question, as GLUE's QNLI does.
 """
 import json
 import random
@@ -89,5 +91,34 @@ def write(rng, facts, id_, pretrain):
     return {"context": context.strip(), "qas": qas}
 
 
+def save_squad(path, split):
+    """SQuAD's JSON, a line for each paragraph."""
+    articles = []
+    for article in squad(split)["data"]:
+        paragraphs = ",\n".join(map(json.dumps, article["paragraphs"]))
+        articles.append(f'{{"title": "{article["title"]}", "paragraphs": [\n{paragraphs}]}}')
+    path.write_text('{"version": "1.1", "data": [\n' + ",\n".join(articles) + "]}\n")
+
+
+def save_table(path, split):
+    """Questions and sentences in turn: one that doesn't answer the question, and one that does."""
+    lines = ["question\tsentence\tlabel"]
+    for article in squad(split)["data"]:
+        for paragraph in article["paragraphs"]:
+            sentences = paragraph["context"].split(". ")
+            for entry in paragraph["qas"]:
+                label = ("yes", "no")[len(lines) % 2]
+                answers = [entry["answers"][0]["text"] in sentence for sentence in sentences]
+                sentence = sentences[answers.index(label == "yes")]
+                lines.append(f"{entry['question']}\t{sentence}\t{label}")
+    path.write_text("\n".join(lines) + "\n")
+
+
 if __name__ == "__main__":
-    print(json.dumps(squad(*sys.argv[1:]), indent=1))
+    if sys.argv[1:]:
+        save_squad(Path(sys.argv[1]), "pretrain")
+    else:
+        for split in ("train", "dev"):
+            here = Path(__file__).parent
+            save_squad(here / f"{split}.json", split)
+            save_table(here / f"{split}.tsv", split)

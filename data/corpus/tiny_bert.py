@@ -1,9 +1,8 @@
 """How data/tiny-bert was made: a BERT of random weights learns to find names and to fill blanks.
 
-    python data/tiny_bert.py start                           # random weights, vocabulary
-    python data/corpus.py pretrain > pretrain.json
-    python data/corpus.py dev > dev.json
-    python train.py --model start --train pretrain.json --dev dev.json \\
+    python data/corpus/tiny_bert.py start                    # random weights, vocabulary
+    python data/corpus/make.py pretrain.json
+    python train.py --model start --train pretrain.json --dev data/corpus/dev.json \\
         --dense-epochs 3 --epochs 0 --batch-size 32 --lr 1e-3 --out made
 
 and `from_pretrained("made/dense", dtype=torch.float16).save_pretrained("data/tiny-bert")`.
@@ -19,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-SHIPPED = Path(__file__).resolve().with_name("tiny-bert")
-sys.path.insert(0, str(SHIPPED.parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "data/tiny-bert"
+sys.path.insert(0, str(ROOT))
 from data.text import copy_tokenizer  # noqa: E402
 from model import BertForQuestionAnswering  # noqa: E402
 

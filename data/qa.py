@@ -21,13 +21,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import articles
-from data.articles import generated, read  # noqa: F401 (task.read, ...)
+from data import squad_json
+from data.squad_json import read  # noqa: F401 (task.read)
 from data.text import Window, run_model
 from model import BertForQuestionAnswering
 
 MODEL = BertForQuestionAnswering
 HEADLINE = "f1"                              # the score that counts
+SUFFIX = "json"                              # of the files it reads
+KEEPS_LOGITS = True                          # memory holds a teacher's logits on all windows
 
 
 # ------------------------------------------------------------------------ text -> windows of tokens
@@ -51,11 +53,22 @@ class SpanWindow(Window):
         return self.context[begin:end]
 
 
-def make_windows(questions, tokenizer, settings):
+def prepare_model(model, questions):
+    """Let the model know whether "no answer" may be right."""
+    model.config.reading.no_answer = bool(questions[0].v2)
+
+
+def targets_agree(teacher, model, questions):
+    """Do the targets of these examples mean the same to both models? Always, in this task."""
+    return True
+
+
+def make_windows(questions, tokenizer, config):
     """Cut the contexts into windows of `max_length` tokens at most that overlap by `stride`.
 
     Questions are never cut. Raises ValueError where a question leaves too little room.
     """
+    reading = config.reading
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     codes = tokenizer.encode_batch([q.text for q in questions], add_special_tokens=False)
     context = None
@@ -71,12 +84,12 @@ def make_windows(questions, tokenizer, settings):
                              "remove it")
         start, end = answer_tokens(question, offsets)              # -1, in no window: no answer
         prefix = [cls, *code.ids, sep]
-        room = settings.max_length - len(prefix) - 1
-        if room <= settings.stride:
+        room = reading.max_length - len(prefix) - 1
+        if room <= reading.stride:
             raise ValueError(f"{question.file}: question {question.id} leaves {room} of "
-                             f"{settings.max_length} tokens, but windows overlap by "
-                             f"{settings.stride}; shorten it, or train.py's --stride")
-        for low in range(0, max(len(ids) - settings.stride, 1), room - settings.stride):
+                             f"{reading.max_length} tokens, but windows overlap by "
+                             f"{reading.stride}; shorten it, or train.py's --stride")
+        for low in range(0, max(len(ids) - reading.stride, 1), room - reading.stride):
             part = slice(low, low + room)
             tokens = torch.tensor([*prefix, *ids[part], sep])
             targets = torch.tensor([0, 0])                         # [CLS]
@@ -106,28 +119,33 @@ def best_span(logits, window, longest):
     return score.max().item(), *divmod(score.argmax().item(), len(score))
 
 
-def predict(model, tokenizer, questions, settings):
-    """The best answer to every question, by id; for SQuAD v2.0, "" where [CLS] scores higher."""
-    windows = make_windows(questions, tokenizer, settings)
-    found = {}                                                     # in each question's windows
+def predict(model, tokenizer, questions):
+    """The best answer to every question, by id; "" where it may be right and [CLS] scores higher.
+
+    "No answer" has the score of [CLS] as first and last token, the lowest of all windows.
+    """
+    reading = model.config.reading
+    windows = make_windows(questions, tokenizer, model.config)
+    found = {}                                   # for each question: a list with an entry a window
     for i, logits in run_model(model, windows, tokenizer.token_to_id("[PAD]")):
-        score, first, last = best_span(logits, windows[i], settings.max_answer)
-        none = logits[:, 0].sum().item()                           # start and end at [CLS]
+        score, first, last = best_span(logits, windows[i], reading.max_answer)
+        null_score = logits[:, 0].sum().item()
         answer = windows[i].text(first, last)
-        found.setdefault(windows[i].id, []).append((score, answer, none))
+        found.setdefault(windows[i].id, []).append((score, answer, null_score))
     answers = {}
     for question in questions:
         score, answer, _ = max(found[question.id])
-        none = min(none for _, _, none in found[question.id])
-        if question.v2 and none - score > settings.null_threshold:
+        null_score = min(null_score for _, _, null_score in found[question.id])
+        may_be_empty = reading.no_answer if question.v2 is None else question.v2
+        if may_be_empty and null_score - score > reading.null_threshold:
             answer = ""
         answers[question.id] = answer
     return answers
 
 
 def example(text, path):
-    """A question to a text file. Raises ValueError or OSError."""
-    return articles.example(text, [], path)
+    """A question about a text file, for `--ask`. Raises ValueError or OSError."""
+    return squad_json.example(text, [], path)
 
 
 # ----------------------------------------------------------------------------------- SQuAD's metric

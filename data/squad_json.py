@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import corpus
 from model import read_json
 
 FORMAT = "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"  # characters that nobody sees
@@ -26,25 +25,19 @@ class Question:
     answers: list[str]                       # every text that counts as right
     offset: int | None = None                # where the first answer should begin
     span: tuple[int, int] | None = None      # where it does begin and end, if training needs it
-    v2: bool = False                         # of SQuAD v2.0: "no answer", "", may be right
-    file: str | Path = field(default="", repr=False)                   # it came from, for errors
+    v2: bool | None = False                  # may "" (no answer) be right, as in SQuAD v2.0?
+    file: str | Path = field(default="", repr=False)                   # where it stands, for errors
 
 
-def read(path, train=False):
+def read(path, train=False, columns=None):
     """Read a file in SQuAD's format, v1.1 or v2.0. Raises ValueError, naming the place, or OSError.
 
     train: the span of every question's first answer is needed, too.
     """
-    return questions_of(read_json(path), path, train)
-
-
-def generated(split):
-    """The questions of the generated corpus: "train", "dev" or "pretrain"."""
-    return questions_of(corpus.squad(split), "the generated corpus", train=True)
-
-
-def questions_of(file, path, train=False):
-    """The questions in SQuAD's JSON; `path` names them in errors."""
+    if columns:
+        raise ValueError("--columns names the columns of a table; it goes with --task "
+                         "classification")
+    file = read_json(path)
     questions = []
     v2 = re.match(r"v?2\b", str(file.get("version"))) is not None
     place = "top level"
@@ -103,12 +96,15 @@ def text_of(entry, key):
 
 
 def example(question, answers, path):
-    """A question about the text of a file, to `--ask`. Raises ValueError or OSError."""
+    """A question about the text of a file, for `--ask`. Raises ValueError or OSError.
+
+    Whether "" may be right isn't known here (None): the model decides.
+    """
     if not path:
         raise ValueError("--ask needs the text that the answer stands in; give --context FILE")
     context = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     found = Question("--ask", question, context, answers, context.find("".join(answers)),
-                     file=path)
+                     v2=None, file=path)
     find_spans([found], path)
     return found
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from data import articles
-from data.text import Window, note, run_model
+from data.run import note
+from data.text import Window, run_model
 from model import BertForSequenceClassification
 
 MODEL = BertForSequenceClassification
 HEADLINE = "accuracy"                        # the score that counts
+SUFFIX = "tsv"                               # of the files it reads
+KEEPS_LOGITS = True                          # memory holds a teacher's logits on all windows
 COLUMNS = [                                  # one or two texts, and the label
     "question,sentence,label",                          # QNLI
     "sentence,label",                                   # SST-2
@@ -35,10 +37,10 @@ class Sentence:
     id: str                                  # its row, counted from 0
     texts: list[str]                         # one, or two
     label: str | None
-    place: str = field(default="the generated corpus", repr=False)    # file and line
+    place: str = field(default="", repr=False)                    # file and line, for errors
 
 
-def read(path, columns=None):
+def read(path, train=False, columns=None):
     """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
 
     Raises ValueError, naming file and line, or OSError.
@@ -68,27 +70,15 @@ def read(path, columns=None):
     return sentences
 
 
-def generated(split):
-    """Made of the generated corpus as GLUE's QNLI of SQuAD: does a sentence answer a question?"""
-    sentences = []
-    for row, question in enumerate(articles.generated(split)):
-        parts = question.context.split(". ")
-        answers = [question.answers[0] in part for part in parts]
-        label = ("no", "yes")[row % 2]
-        texts = [question.text, parts[answers.index(label == "yes")]]
-        sentences.append(Sentence(str(row), texts, label))
-    return sentences
-
-
 def example(text, path):
-    """One text, or two: the second is a file's."""
+    """One text, or two, for `--ask`: the second is a file's. Raises OSError."""
     texts = [text]
     if path:
         texts.append(Path(path).read_text(encoding="utf-8-sig", errors="replace"))
     return Sentence("--ask", texts, None)
 
 
-def choose_labels(model, sentences):
+def prepare_model(model, sentences):
     """Ready a model to learn these labels; if it has others, its classifier starts random.
 
     Raises ValueError if there is one label only.
@@ -103,6 +93,11 @@ def choose_labels(model, sentences):
         note(f"the labels are {labels}, not {known}: the classifier starts random")
     model.set_labels(labels)
     model.has_head = False
+
+
+def targets_agree(teacher, model, sentences):
+    """Do both models have the labels of these examples, in the same places?"""
+    return places(sentences, teacher) == places(sentences, model)
 
 
 def labels_of(sentences):
@@ -126,40 +121,40 @@ def index_of(label, labels):
     return None
 
 
-def make_windows(sentences, tokenizer, settings):
+def make_windows(sentences, tokenizer, config):
     """A window for every row; long texts are cut, the longer of two first.
 
-    Raises ValueError for a label that is none of `settings.labels`.
+    Raises ValueError for a label that is none of `config.labels`.
     """
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
+    length = config.reading.max_length
+    texts = [sentence.texts[0] if len(sentence.texts) == 1 else tuple(sentence.texts)
+             for sentence in sentences]
+    tokenizer.enable_truncation(length - len(sentences[0].texts) - 1)      # room for [CLS], [SEP]
+    codes = tokenizer.encode_batch(texts, add_special_tokens=False)
+    tokenizer.no_truncation()
     windows = []
-    cut = 0
-    for sentence in sentences:
-        target = index_of(sentence.label, settings.labels) if settings.labels else 0
+    for sentence, code in zip(sentences, codes):
+        target = index_of(sentence.label, config.labels) if sentence.label else 0
         if target is None:
             raise ValueError(f"{sentence.place}: label {sentence.label} is none of the model's, "
-                             f"such as {settings.labels[:9]}; mend or remove the line")
-        codes = tokenizer.encode_batch(sentence.texts, add_special_tokens=False)
-        parts = [code.ids for code in codes]
-        too_many = sum(map(len, parts)) + len(parts) + 1 - settings.max_length
-        cut += too_many > 0
-        for _ in range(too_many):
-            max(parts, key=len).pop()
-        ids = [cls, *parts[0], sep]
+                             f"such as {config.labels[:9]}; mend or remove the line")
+        end = code.type_ids.count(0)                                       # of the first text
+        ids = [cls, *code.ids[:end], sep]
         first = len(ids)                                # behind it all where there is no second
-        for part in parts[1:]:
-            ids += [*part, sep]
+        if len(sentence.texts) == 2:
+            ids += [*code.ids[end:], sep]
         windows.append(Window(sentence.id, torch.tensor(ids), first, torch.tensor([target])))
+    cut = sum(bool(code.overflowing) for code in codes)
     if cut:
-        note(f"{cut} of {len(sentences)} rows have more than --max-length {settings.max_length} "
-             "tokens; cut")
+        note(f"{cut} of {len(sentences)} rows have more than --max-length {length} tokens; cut")
     return windows
 
 
-def predict(model, tokenizer, sentences, settings):
+def predict(model, tokenizer, sentences):
     """The likeliest label of every row, by id, as the rows spell it."""
     labels = model.config.labels
-    windows = make_windows(sentences, tokenizer, settings)
+    windows = make_windows(sentences, tokenizer, model.config)
     names = [*labels]
     for sentence in sentences:
         if sentence.label:

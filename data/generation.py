@@ -14,19 +14,21 @@ from functools import partial
 
 import torch
 
-from data import articles
-from data.articles import generated  # noqa: F401 (task.generated)
-from data.text import Window, note, run_model
-from model import BertForGeneration, read_json
+from data import squad_json
+from data.run import note
+from data.text import Window, run_model
+from model import BertForGeneration
 
 MODEL = BertForGeneration
 HEADLINE = "rouge_l"                         # the score that counts
+SUFFIX = "json"                              # of the files it reads
+KEEPS_LOGITS = False                         # a row is as long as the vocabulary: too much
 LONGEST = 32                                 # tokens of a question
 
 
-def read(path, train=False):
+def read(path, train=False, columns=None):
     """The questions that have an answer; all need its span. Raises ValueError or OSError."""
-    questions = articles.questions_of(read_json(path), path, train=True)
+    questions = squad_json.read(path, True, columns)
     answered = [question for question in questions if question.span]
     if len(answered) < len(questions):
         note(f"{path}: {len(questions) - len(answered)} questions have no answer; left out")
@@ -36,16 +38,26 @@ def read(path, train=False):
 
 
 def example(text, path):
-    """An answer that stands in a text file. Raises ValueError or OSError."""
-    return articles.example("?", [text], path)
+    """An answer that stands in a text file, for `--ask`. Raises ValueError or OSError."""
+    return squad_json.example("?", [text], path)
 
 
-def make_windows(questions, tokenizer, settings):
+def prepare_model(model, questions):
+    """There is nothing that the model must know about its data."""
+
+
+def targets_agree(teacher, model, questions):
+    """Do the targets of these examples mean the same to both models? Always, in this task."""
+    return True
+
+
+def make_windows(questions, tokenizer, config):
     """A window for every question; its context is cut around the answer. Raises ValueError."""
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
-    half = (settings.max_length - LONGEST - 3) // 2         # for the answer, twice, and two sides
+    length = config.reading.max_length
+    half = (length - LONGEST - 3) // 2         # for the answer, twice, and the context's two sides
     if half < 1:
-        raise ValueError(f"--max-length {settings.max_length} has no room beside a question of "
+        raise ValueError(f"--max-length {length} has no room beside a question of "
                          f"{LONGEST} tokens; raise it")
     windows = []
     for question in questions:
@@ -63,18 +75,39 @@ def make_windows(questions, tokenizer, settings):
     return windows
 
 
-def predict(model, tokenizer, questions, settings):
-    """The likeliest question to every answer, greedily, by id."""
+def predict(model, tokenizer, questions):
+    """The likeliest question to every answer, word by word, by id."""
     pad, sep = map(tokenizer.token_to_id, ("[PAD]", "[SEP]"))
     sources = []
-    for window in make_windows(questions, tokenizer, settings):
+    for window in make_windows(questions, tokenizer, model.config):
         sources.append(replace(window, ids=window.ids[:window.first]))
-    write = partial(model.generate, sep=sep, longest=LONGEST)
     predictions = {}
-    for i, tokens in run_model(model, sources, pad, call=write):
+    for i, tokens in run_model(model, sources, pad, call=partial(write, model, sep)):
         tokens = [*tokens.tolist(), sep]
         predictions[sources[i].id] = tokenizer.decode(tokens[:tokens.index(sep)])
     return predictions
+
+
+def write(model, sep, input_ids, attention_mask, token_type_ids):
+    """The likeliest target to each source (B, T), greedily: (B, n), to be read up to [SEP].
+
+    The first token of a target is a [SEP] of its own, as in training. The keys and values of all
+    earlier tokens are kept, so that a step computes one token only.
+    """
+    kv_caches = [[] for _ in model.layers]
+    model.encode(input_ids, attention_mask[:, None, None].bool(), token_type_ids,
+                 kv_caches=kv_caches)
+    ones = torch.ones_like(input_ids[:, :1])                                             # (B, 1)
+    tokens = [sep * ones]
+    ended = ones == 0
+    while len(tokens) <= LONGEST and not ended.all():
+        position = attention_mask.sum(1, keepdim=True)                                   # (B, 1)
+        attention_mask = torch.cat([attention_mask, ones], 1)
+        visible = attention_mask[:, None, None].bool()                             # (B, 1, 1, T)
+        x = model.encode(tokens[-1], visible, ones, position, kv_caches)                 # (B, 1, C)
+        tokens.append(model.vocabulary(x, model.embeddings.word.weight).argmax(-1))
+        ended |= tokens[-1] == sep
+    return torch.cat(tokens[1:], 1)
 
 
 # -------------------------------------------------------------------------------- BLEU and ROUGE-L

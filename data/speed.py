@@ -1,0 +1,59 @@
+"""How long the layers of a model take on this machine, with so many heads and FFN dimensions.
+
+One idea: a density is no speed, since deletion removes only whole heads and dimensions, and since
+each machine gains another time from them. So a run that is asked for a speed measures first: one
+layer's attention with 0, 1, ..., H heads, its FFN with nine widths, and the rest of the model
+(embeddings, norms, sums, head). The time of any smaller model is then predicted as
+
+    t = rest + sum over the layers of heads[h] + ffn[f]
+
+for layers with h heads and f dimensions. `SpeedPruner` in train.py prunes until t is small enough.
+
+Shapes in comments: H heads, F FFN dimensions, both of a layer before pruning.
+"""
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+
+@torch.inference_mode()
+def measure_layers(model, batch, seconds):
+    """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
+
+    seconds: compact.py's stopwatch. The result can be written as JSON:
+    "heads": [[0, ..., H], [what an attention with so many takes]];
+    "ffn": [[0, ..., F], [what an FFN with so many dimensions takes]]; "rest": of a model without
+    both. Noise is flattened: more heads or dimensions never take less time.
+    """
+    config = model.config
+    make_layer = type(model.layers[0])
+    ids, attention_mask, types = batch
+    heads = [*range(config.num_attention_heads + 1)]
+    # Odd widths, as most are that pruning leaves: they take longer than multiples of 16.
+    widths = [config.intermediate_size * i * i // 64 | bool(i % 8) for i in range(9)]
+    none = [0] * len(model.layers)
+    with torch.device(ids.device):
+        layers = [make_layer(config, n, 0) for n in heads]
+        layers += [make_layer(config, 0, n) for n in widths]
+        rest = type(model)(replace(config, heads_per_layer=none, ffn_per_layer=none))
+    inputs = model.embeddings(ids, types), model.visible_tokens(attention_mask, types)
+    calls = [(rest, batch)] + [(layer, inputs) for layer in layers]
+    rounds = [[seconds(*call) for call in calls] for _ in range(15)]
+    medians = 1000 * np.median(rounds, 0)
+    of_heads, of_ffn = medians[1:len(heads) + 1], medians[len(heads) + 1:]
+    return {
+        "heads": [heads, (np.maximum.accumulate(of_heads) - of_heads[0]).tolist()],
+        "ffn": [widths, (np.maximum.accumulate(of_ffn) - of_ffn[0]).tolist()],
+        "rest": float(medians[0]),
+    }
+
+
+def predicted_time(layer_times, heads, dimensions):
+    """t above, in milliseconds; heads, dimensions: a list each, with a number for every layer.
+
+    Between two measured widths the time is taken as linear.
+    """
+    of_heads = np.interp(heads, *layer_times["heads"])
+    of_ffn = np.interp(dimensions, *layer_times["ffn"])
+    return float(layer_times["rest"] + of_heads.sum() + of_ffn.sum())
