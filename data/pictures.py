@@ -1,7 +1,7 @@
 """Tables and layers.svg: what a run prints and draws, from numbers alone."""
 from data.run import STAGES
 
-BLUE, GREY = "#2f81f7", "#808080"                              # seen on white and on black
+BLUE, GREY = "#2f81f7", "#57606a"                   # on a white ground, whatever the page has
 
 
 def table(rows):
@@ -80,6 +80,7 @@ def layers_svg(before, after):
     height = 30 + 22 * len(before.heads_per_layer)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" fill="{GREY}" '
              'font-family="sans-serif" font-size="13">',
+             f'<rect width="680" height="{height}" fill="#ffffff"/>',
              '<text x="70" y="16">heads that are left</text>',
              '<text x="370" y="16">FFN dimensions that are left</text>']
     for i, (heads, dimensions) in enumerate(remaining(before, after)):
