@@ -30,7 +30,6 @@ Source: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.
 
 Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
 """
-import argparse
 import copy
 from dataclasses import replace
 from time import perf_counter
@@ -51,7 +50,6 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     query, key, value: (C -> H D), output: (H D -> C), all with or without bias; head_size: D.
     Raises ValueError for a layer that still has its mask.
     """
-    check_plain(query, key, value, output)
     keep = alive(value, output, head_size).repeat_interleave(head_size)                   # (H D,)
     delete(keep, [query, key, value], output, constants=value.bias)
     return output.in_features // head_size
@@ -64,7 +62,6 @@ def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
     first: (C -> F), second: (F -> C), both with or without bias; activation: tensor -> tensor.
     Raises ValueError for a layer that still has its mask.
     """
-    check_plain(first, second)
     bias = first.weight.new_zeros(first.out_features) if first.bias is None else first.bias
     delete(alive(first, second), [first], second, constants=activation(bias.double()))
     return first.out_features
@@ -78,14 +75,8 @@ def compact_unread(writers: list, reader: nn.Linear) -> int:
     Mistral, Gemma) gate_proj and up_proj write and down_proj reads.
     Raises ValueError for a layer that still has its mask.
     """
-    check_plain(*writers, reader)
     delete((reader.weight != 0).any(0), writers, reader)
     return reader.in_features
-
-
-def check_plain(*linears):
-    if any(map(parametrize.is_parametrized, linears)):
-        raise ValueError("a layer still has its mask; call bake(model) first")
 
 
 def alive(first, second, size=1):
@@ -103,6 +94,8 @@ def delete(keep, writers, reader, constants=None):
 
     constants (n,): what each unit that goes hands to the reader, for every input; None for 0.
     """
+    if any(map(parametrize.is_parametrized, [*writers, reader])):
+        raise ValueError("a layer still has its mask; call bake(model) first")
     if constants is not None:
         fold_into_bias(reader, ~keep, constants[~keep])
     for linear in writers:
@@ -145,10 +138,9 @@ def expand(small: nn.Module) -> nn.Module:
         dense = type(small)(replace(small.config, heads_per_layer=None, ffn_per_layer=None))
     state = dense.state_dict()
     for name, part in small.state_dict().items():
-        whole = part.new_zeros(state[name].shape)
+        state[name] = part.new_zeros(state[name].shape)
         corner = tuple(slice(size) for size in part.shape)
-        whole[corner] = part
-        state[name] = whole
+        state[name][corner] = part
     dense.load_state_dict(state, assign=True)
     return dense.eval()
 
@@ -235,29 +227,12 @@ def sizes(model, small):
 # -------------------------------------------------------------------------------- the command line
 
 
-def parse_args(argv):
-    from data import options
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("model", help="folder of a saved model")
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one("target", nargs="?", help="folder to write the compact model to")
-    one("--expand", metavar="FOLDER", help="write the model in the dense shapes, to there")
-    one("--compare", metavar="FOLDER", help="scores, size and speed of this model and another")
-    one("--ask", metavar="TEXT", help="a question, a classifier's text, or an answer")
-    add("--context", metavar="FILE", help="a text file that the answer stands in")
-    add("--dev", metavar="FILE", help="data to measure on (default: the generated corpus)")
-    add("--columns", metavar="NAMES", help="of a table, as train.py's")
-    add("--bfloat16", action="store_true", help="store and compute in 16 bits: half the size")
-    return options.parse(parser, argv)
-
-
 def main(argv=None):
     """The command line. Raises ordinary exceptions."""
     import data  # here, because all of the above works without it
-    from data import run
+    from data import options, run
     run.said.clear()
-    args = parse_args(argv)
+    args = options.parse_compact(argv, __doc__.splitlines()[0])
     if args.bfloat16:
         run.note_slow_bfloat16()
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
@@ -280,27 +255,29 @@ def delete_or_compare(args):
     from data import pictures
     model, tokenizer, task = data.open_model(args.model)
     examples = data.read_examples(task, args.dev, "dev", args.columns)
-    inputs = data.sample_inputs(task.make_windows(examples, tokenizer, model.config), tokenizer)
+    # Without --dev there are no scores, and it doesn't matter whether the model has these labels.
+    config = model.config if args.dev else replace(model.config, labels=None)
+    inputs = data.sample_inputs(task.make_windows(examples, tokenizer, config))
     if args.compare:
         small = open_comparable(args.compare, model, tokenizer)
     else:
         small = compact(model)
         print(pictures.layer_table(model.config, small.config))
         print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}\n")
-    models = {args.model: model, args.compare or args.target: small}
+    models = [(args.model, model), (args.compare or args.target, small)]
     if args.bfloat16:
         small = copy.deepcopy(small).bfloat16()
-        models["in bfloat16"] = small
+        models.append(("in bfloat16", small))
+    if args.target:
+        data.save_model(small, args.target, args.model)
     rows = [("model", task.HEADLINE, "parameters", "heads", "FFN dim.", "ms", "speed", "quartiles")]
-    for name, other in models.items():
+    for name, other in models:
         score = "-"
         if args.dev:
             scores = task.score(task.predict(other, tokenizer, examples), examples)
             score = f"{scores[task.HEADLINE]:.2f}"
         rows.append((name, score, *measurements(model, other, inputs[0])))
     print(pictures.table(rows))
-    if args.target:
-        data.save_model(small, args.target, args.model)
 
 
 def open_comparable(folder, model, tokenizer):

@@ -174,23 +174,23 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder that the three models below share: embeddings and layers.
-
-    Each of the three adds a head: a few layers, and `head_logits`, which computes the logits.
-    """
+    """Embeddings and layers, which the three models below share; each adds `head_logits`."""
 
     has_head = True               # False: the checkpoint had no weights for the head (see below)
 
     def __init__(self, config):
         super().__init__()
-        self.base_config = replace(config, labels=None)
+        self.base_config = replace(config, labels=None, reading=replace(config.reading))
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
         self.layers = nn.ModuleList(Layer(config, *size) for size in sizes)
 
     @property
     def config(self) -> BertConfig:
-        """The configuration, with the layers that there are now, and with their sizes of now."""
+        """A fresh copy of the configuration, with the layers and the sizes that there are now.
+
+        Only `config.reading` is no copy: what is changed there, the model remembers.
+        """
         return replace(
             self.base_config,
             num_hidden_layers=len(self.layers),
@@ -242,7 +242,13 @@ class Bert(nn.Module):
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
-        save_checkpoint(self, Path(folder))
+        tensors = {hugging_face_name(ours): tensor for ours, tensor in self.state_dict().items()}
+        write_safetensors(Path(folder) / "model.safetensors", tensors)
+        values = {"architectures": [self.ARCHITECTURE], "model_type": "bert", **asdict(self.config)}
+        if labels := values.pop("labels"):
+            values["id2label"] = dict(enumerate(labels))
+            values["label2id"] = {label: i for i, label in enumerate(labels)}
+        save_json(Path(folder) / "config.json", values)
 
 
 class BertForQuestionAnswering(Bert):
@@ -286,10 +292,9 @@ class BertForSequenceClassification(Bert):
 
 
 class BertForGeneration(Bert):
-    """BERT that reads a source (type 0) and writes a target (type 1).
+    """BERT that reads a source (type 0) and writes a target (type 1), with BertForMaskedLM's weights.
 
-    Its weights are those of BertForMaskedLM. All tokens see the source; a token of the target sees
-    also itself and the tokens of the target before it. This is UniLM's prefix mask.
+    All tokens see the source; a token of the target also sees itself and those before it.
     """
 
     ARCHITECTURE = "BertForMaskedLM"
@@ -379,8 +384,7 @@ def load_checkpoint(kind, folder):
     try:
         with torch.device("meta"):                 # only shapes: no memory is taken until checked
             model = kind(config_from_json(values))
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-            RuntimeError) as error:
+    except Exception as error:                     # nonsense raises anything
         raise ValueError(f"{path}: {type(error).__name__}: {error}; no model can be made of "
                          "this") from None
     file, tensors = read_weights(folder)
@@ -401,17 +405,6 @@ def load_checkpoint(kind, folder):
     if missing:
         print(f"{file}: no output layer {', '.join(missing)}; it starts random", file=sys.stderr)
     return model
-
-
-def save_checkpoint(model, folder):
-    """Write config.json and model.safetensors."""
-    tensors = {hugging_face_name(ours): tensor for ours, tensor in model.state_dict().items()}
-    write_safetensors(folder / "model.safetensors", tensors)
-    values = {"architectures": [model.ARCHITECTURE], "model_type": "bert", **asdict(model.config)}
-    if labels := values.pop("labels"):
-        values["id2label"] = dict(enumerate(labels))
-        values["label2id"] = {label: i for i, label in enumerate(labels)}
-    save_json(folder / "config.json", values)
 
 
 def config_from_json(values):
@@ -497,11 +490,7 @@ def read_torch(path):
 
 # The safetensors format: 8 bytes with the header's length (little-endian), the header (JSON:
 # name -> dtype, shape and where its bytes begin and end), then the bytes themselves, without gaps.
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
@@ -532,7 +521,7 @@ def read_safetensors(path):
                 tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
                 if list(tensors[name].shape) != entry["shape"]:
                     raise ValueError(f"{name!r} has no such shape")
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except Exception as error:
             raise ValueError(f"{path}: cut, or no safetensors file ({type(error).__name__}: "
                              f"{str(error)[:200]}); get it again") from None
     if position != size:
@@ -548,11 +537,8 @@ def write_safetensors(path, tensors):
     for name, tensor in tensors.items():
         begin = end
         end += tensor.nbytes
-        header[name] = {
-            "dtype": codes[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [begin, end],
-        }
+        header[name] = {"dtype": codes[tensor.dtype], "shape": tensor.shape,
+                        "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                               # tensors start at a multiple of 8
     with whole_file(path) as file:

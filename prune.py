@@ -51,7 +51,7 @@ class BlockMask(nn.Module):
     """W' = W * expand(M): a parametrization of a weight (out, in) by scores (R, C).
 
     The scores are a parameter, which the optimizer changes. M is the buffer `kept`, which
-    `BlockGroup.advance` sets anew before every training step.
+    `BlockGroup.advance` (or `keep`) sets anew before every training step.
     """
 
     def __init__(self, weight, block, transposed=False, owner=None):
@@ -195,8 +195,11 @@ class BlockGroup:
         for mask in self.masks:
             mask.schedule_ended = step >= end
         if soft:
-            self.keep_above(cubic(step, start, end, 0.0, TAU))
-            return cubic(step, start, end, 0.0, lambda_) * self.penalty()
+            tau = cubic(step, start, end, 0.0, TAU)
+            self.set_masks(self.current_scores().sigmoid() > tau)
+            # mean(sigmoid(S)) over the blocks of every matrix, then over the matrices
+            penalty = sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
+            return cubic(step, start, end, 0.0, lambda_) * penalty
         self.blocks_to_keep(density)                      # raises now, and not far into a run
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
@@ -207,14 +210,6 @@ class BlockGroup:
         Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
         """
         self.set_masks(best(self.current_scores(), self.blocks_to_keep(density)))
-
-    def keep_above(self, tau):
-        """Keep the blocks with sigmoid(S) > tau."""
-        self.set_masks(self.current_scores().sigmoid() > tau)
-
-    def penalty(self):
-        """mean(sigmoid(S)) over the blocks of every matrix, then over the matrices."""
-        return sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
 
     def blocks_to_keep(self, density):
         """round(density * blocks). Raises ValueError if that is none, or more than all."""
@@ -265,18 +260,22 @@ def cubic(step, start, end, first, last):
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate.
 
-    AdamW makes twice the rate twice every score, which leaves their order as it is. So the rate
-    of the scores matters for soft movement only, where they are compared with a threshold.
+    With twice the rate, AdamW makes every score twice as large, which leaves their order as it is.
+    So the scores' rate matters for soft movement only, which compares them with a threshold.
     """
-    matrices = {"params": [], "lr": lr, "weight_decay": 0.01}
-    vectors = {"params": [], "lr": lr, "weight_decay": 0.0}
-    scores = {"params": [], "lr": score_lr, "weight_decay": 0.0}
+    matrices, vectors, scores = [], [], []
     for name, parameter in model.named_parameters():
-        group = matrices if parameter.ndim > 1 else vectors
         if name.endswith(".scores"):
-            group = scores
-        group["params"].append(parameter)
-    return [matrices, vectors, scores]
+            scores.append(parameter)
+        elif parameter.ndim > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    return [
+        {"params": matrices, "lr": lr, "weight_decay": 0.01},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": scores, "lr": score_lr, "weight_decay": 0.0}
+    ]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ One idea: pruning is fine-tuning with a schedule. A run is a story of stages, wh
 tells: dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros are
 made permanent; deletion; and, on request, filling. Below it stands the loop of every stage.
 
-    python train.py --block 32x32                                    # offline, about a minute
+    python train.py --block 32x32                                    # offline, a minute or two
     python train.py --block 32x32 --model data/bert-base-uncased \\
         --train data/train-v1.1.json --dev data/dev-v1.1.json
     python train.py --block 32x32 --speedup 2.5                      # 2.5 times as fast
@@ -12,12 +12,12 @@ made permanent; deletion; and, on request, filling. Below it stands the loop of 
     summary = train.main(["--block", "32x32"])                       # in a script or a notebook
     torchrun --standalone --nproc_per_node=2 train.py --block 32x32  # on two devices
 
-After a stop of any kind, the same command goes on where the run was.
+After a stop of any kind, the same command goes on from the run's last checkpoint.
 
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
 Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
 
-Shapes in comments: T tokens, N targets of a batch, n of a window, K positions or classes.
+Shapes in comments: N targets of a batch, n of a window, K positions or classes.
 """
 import copy
 import json
@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import nn
 
 import data
@@ -54,13 +53,16 @@ def main(argv=None):
 
 def whole_run(args):
     """The story: fine-tune, prune, delete, fill. Returns the summary."""
-    job, model, teacher = prepare(args)
+    job, model, given_teacher = prepare(args)
     if job.folder.summary:
+        run.stop_processes()
         say(f"{args.out}: this run is finished\n{pictures.report(job.folder.summary)}")
         return job.folder.summary
     dense = train_stage(job, "dense", model, args.dense_epochs)
+    teacher = None
     if args.distill and args.epochs + args.fill_epochs:
-        teacher = Teacher(teacher or dense, job)
+        teacher = Teacher(given_teacher or dense, job)
+    del given_teacher                                # for its memory: what it says is kept
     pruner = SpeedPruner(job, dense) if args.speedup else DensityPruner(job, dense)
     pruned = train_stage(job, "pruned", dense, args.epochs, pruner, teacher)
     small = compact(pruned)
@@ -89,20 +91,19 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
         indices, weight = my_share(job.windows, schedule[step])      # all, with one process
-        inputs, targets = collate([job.windows[i] for i in indices], job.pad, DEVICE)
+        inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
             logits = parallel_model(*inputs)
-            teacher_logits = None
-            if teacher:
-                teacher_logits = teacher.logits(indices, inputs, logits.shape[-1])
-        parts = task_loss(logits, targets, teacher_logits, args.distill)
-        loss = weight * parts["task_loss"] + penalty
+            width = logits.shape[-1]
+            teacher_logits = teacher.logits(indices, inputs, width) if teacher else None
+        loss, cross_entropy, kl = task_loss(logits, targets, teacher_logits, args.distill)
+        loss = weight * loss + penalty
         loss.backward()
         clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        losses = {"loss": loss, "penalty": penalty}
-        losses |= {name: weight * part for name, part in parts.items()}
+        losses = {"loss": loss, "cross_entropy": weight * cross_entropy, "kl": weight * kl,
+                  "penalty": penalty}
         densities = pruner.densities() if pruner else {}
         epoch = 1 + step * epochs // total
         job.folder.log_step(stage, step, losses, epoch=epoch, lr=lr, **densities)
@@ -119,17 +120,17 @@ def task_loss(logits, targets, teacher_logits, a):
     teacher_logits  (N, K): row by row those of the same windows and targets; None: no teacher, and
                     the loss is the cross-entropy alone
     Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
-    Returns the loss and its parts, by name.
+    Returns the loss, and its two parts: the cross-entropy and the KL divergence.
     """
     rows = logits.flatten(0, -2)                                                         # (N, K)
     cross_entropy = F.cross_entropy(rows, targets)
     if teacher_logits is None:
-        return {"task_loss": cross_entropy}
+        return cross_entropy, cross_entropy, 0.0
     student = F.log_softmax(rows / TEMPERATURE, -1)
     teacher = F.log_softmax(teacher_logits / TEMPERATURE, -1)
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     loss = (1 - a) * cross_entropy + a * TEMPERATURE ** 2 * kl
-    return {"task_loss": loss, "cross_entropy": cross_entropy, "kl": kl}
+    return loss, cross_entropy, kl
 
 
 class Teacher:
@@ -142,7 +143,7 @@ class Teacher:
         self.frozen_model = None
         if job.task.KEEPS_LOGITS:
             # By window, (K,) or (n, K): all epochs have the same windows.
-            self.kept_logits = dict(run_model(model, job.windows, job.pad))
+            self.kept_logits = dict(run_model(model, job.windows))
         else:
             self.frozen_model = copy.deepcopy(model).eval()     # the model itself goes on learning
 
@@ -220,8 +221,8 @@ class SpeedPruner(DensityPruner):
 
         v <- min(1, v * (limit / t(now)) ** 0.5)
 
-    where `limit` falls from t(dense) to t(dense) / X on the cubic curve. A hundred corrections in
-    a run are enough; with the exponent 1, v would oscillate. A checkpoint holds v ("share") and
+    where `limit` falls from t(dense) to t(dense) / X on the cubic curve. Some hundred corrections
+    in a run are enough; with the exponent 1, v would oscillate. A checkpoint holds v ("share") and
     the times of layers that t is computed from (see data/speed.py).
     """
 
@@ -230,8 +231,7 @@ class SpeedPruner(DensityPruner):
         if step % max(1, total // 100) == 0:
             start, end = pruning_steps(self.args, total)
             times = self.state["layer_times"]
-            part = cubic(step, start, end, 1.0, 1 / self.args.speedup)
-            limit = part * dense_time(times, self.model)
+            limit = times["dense"] * cubic(step, start, end, 1.0, 1 / self.args.speedup)
             now = predicted_time(times, *survivors(self.model))
             self.state["share"] = min(1.0, self.state["share"] * (limit / now) ** 0.5)
         for group in self.groups:
@@ -244,12 +244,6 @@ def pruning_steps(args, total):
     end = min(total - round(args.cooldown * total), total - 1)   # the last step has the final masks
     start = min(round(args.warmup * total), end)
     return start, end
-
-
-def dense_time(layer_times, model):
-    """The time of a model whose heads and FFN dimensions all stay."""
-    config = model.config
-    return predicted_time(layer_times, config.heads_per_layer, config.ffn_per_layer)
 
 
 def add_masks(model, args):
@@ -265,19 +259,15 @@ def add_masks(model, args):
 
 @dataclass
 class Job:
-    """What all stages share, and none changes."""
+    """What all stages share."""
 
     args: object                             # the flags
     task: object                             # a module of data/
-    tokenizer: Tokenizer
+    tokenizer: object
     dev: list                                # examples to evaluate on
     folder: RunFolder
     windows: list | None = None              # to train on
     samples: list | None = None              # some inputs, to compare models on
-
-    @property
-    def pad(self):
-        return self.tokenizer.token_to_id("[PAD]")
 
 
 def prepare(args):
@@ -287,9 +277,9 @@ def prepare(args):
     if args.amp:
         run.note_slow_bfloat16()
     torch.manual_seed(args.seed)
-    task = TASKS[args.task or "qa"]
-    train, dev = (data.read_examples(task, path, split, args.columns)
-                  for path, split in ((args.train, "train"), (args.dev, "dev")))
+    task = TASKS[args.task]
+    train = data.read_examples(task, args.train, "train", args.columns)
+    dev = data.read_examples(task, args.dev, "dev", args.columns)
     model, tokenizer, _ = data.open_model(args.model, task, args)
     task.prepare_model(model, train)
     model.to(DEVICE)
@@ -300,26 +290,26 @@ def prepare(args):
         for group in add_masks(type(model)(model.config), args):
             group.blocks_to_keep(1.0 if args.speedup else args.density)
     flags = vars(args) | asdict(model.config.reading)
-    settings = run.run_settings(flags, train, dev)
+    settings = run.run_settings(flags, train, dev, model, teacher)
     job = Job(args, task, tokenizer, dev, RunFolder(args.out, settings, args.overwrite))
     if not job.folder.summary:
-        begin(job, model, train)
+        claim_folder(job, model, train)
     return job, model, teacher
 
 
-def begin(job, model, train):
-    """Cut the examples into windows, measure the layers if that is needed, take the folder."""
+def claim_folder(job, model, train):
+    """Cut the examples into windows, measure the layers for a speed, and take the folder."""
     args, task, folder = job.args, job.task, job.folder
     say(f"{args.train or 'generated corpus'}: cutting {len(train):,} examples into windows; "
         f"{len(job.dev):,} examples to evaluate on")
     job.windows = task.make_windows(train, job.tokenizer, model.config)
     dev_windows = task.make_windows(job.dev, job.tokenizer, model.config)
-    job.samples = data.sample_inputs(dev_windows, job.tokenizer)
+    job.samples = data.sample_inputs(dev_windows)
     layer_times = None
     if args.speedup and RANK == 0 and not folder.goes_on:
         say("measuring how long a layer takes with fewer heads and FFN dimensions")
         layer_times = measure_layers(model, job.samples[0], seconds)
-        fastest = dense_time(layer_times, model) / layer_times["rest"]
+        fastest = layer_times["dense"] / layer_times["rest"]
         if args.speedup >= fastest:
             raise ValueError(f"--speedup {args.speedup:g}: without any head or FFN dimension it "
                              f"would be {fastest:.2f}; ask for less")
@@ -334,7 +324,7 @@ def open_teacher(args, task, model, tokenizer, train):
     teacher = None
     knows = args.dense_epochs or model.has_head and not args.layers
     if args.teacher:
-        teacher, other, _ = data.open_model(args.teacher, task, args)
+        teacher, other, _ = data.open_model(args.teacher, task, model.config.reading)
         knows = teacher.has_head and other.get_vocab() == tokenizer.get_vocab() and \
             task.targets_agree(teacher, model, train)
     if args.distill and not knows:

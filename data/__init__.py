@@ -109,7 +109,6 @@ def evaluate(args):
     return task.score(task.predict(model, tokenizer, examples), examples)
 
 
-def sample_inputs(windows, tokenizer):
+def sample_inputs(windows):
     """The model's inputs, of the first 256 windows, in batches of eight: to compare models on."""
-    pad = tokenizer.token_to_id("[PAD]")
-    return [collate(part, pad, DEVICE)[0] for part in split(windows[:256], 8)]
+    return [collate(part, DEVICE)[0] for part in split(windows[:256], 8)]

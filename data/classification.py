@@ -135,11 +135,13 @@ def make_windows(sentences, tokenizer, config):
     tokenizer.no_truncation()
     windows = []
     for sentence, code in zip(sentences, codes):
-        target = index_of(sentence.label, config.labels) if sentence.label else 0
+        target = 0
+        if sentence.label and config.labels:
+            target = index_of(sentence.label, config.labels)
         if target is None:
             raise ValueError(f"{sentence.place}: label {sentence.label} is none of the model's, "
                              f"such as {config.labels[:9]}; mend or remove the line")
-        end = code.type_ids.count(0)                                       # of the first text
+        end = code.sequence_ids.count(0)                                    # of the first text
         ids = [cls, *code.ids[:end], sep]
         first = len(ids)                                # behind it all where there is no second
         if len(sentence.texts) == 2:
@@ -162,7 +164,7 @@ def predict(model, tokenizer, sentences):
     if names != labels:
         note(f"the file's labels {names} are taken as the model's {labels}")
     predictions = {}
-    for i, logits in run_model(model, windows, tokenizer.token_to_id("[PAD]")):
+    for i, logits in run_model(model, windows):
         predictions[windows[i].id] = names[int(logits.argmax())]
     return predictions
 

@@ -16,6 +16,7 @@ import torch
 
 from data import squad_json
 from data.run import note
+from data.squad_json import targets_agree  # noqa: F401 (task.targets_agree)
 from data.text import Window, run_model
 from model import BertForGeneration
 
@@ -46,11 +47,6 @@ def prepare_model(model, questions):
     """There is nothing that the model must know about its data."""
 
 
-def targets_agree(teacher, model, questions):
-    """Do the targets of these examples mean the same to both models? Always, in this task."""
-    return True
-
-
 def make_windows(questions, tokenizer, config):
     """A window for every question; its context is cut around the answer. Raises ValueError."""
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
@@ -77,12 +73,12 @@ def make_windows(questions, tokenizer, config):
 
 def predict(model, tokenizer, questions):
     """The likeliest question to every answer, word by word, by id."""
-    pad, sep = map(tokenizer.token_to_id, ("[PAD]", "[SEP]"))
+    sep = tokenizer.token_to_id("[SEP]")
     sources = []
     for window in make_windows(questions, tokenizer, model.config):
         sources.append(replace(window, ids=window.ids[:window.first]))
     predictions = {}
-    for i, tokens in run_model(model, sources, pad, call=partial(write, model, sep)):
+    for i, tokens in run_model(model, sources, call=partial(write, model, sep)):
         tokens = [*tokens.tolist(), sep]
         predictions[sources[i].id] = tokenizer.decode(tokens[:tokens.index(sep)])
     return predictions

@@ -1,4 +1,4 @@
-"""The command line of train.py: its flags, their ranges and defaults, and what goes together."""
+"""The command lines of train.py and compact.py: flags, ranges, defaults, and what goes together."""
 import argparse
 from pathlib import Path
 
@@ -109,6 +109,8 @@ def parse_train(argv, description, methods):
     add_pruning_flags(parser, methods)
     add_training_flags(parser)
     args = parse(parser, argv)
+    if (args.max_length or 8) < 8 or args.max_answer == 0:
+        raise ValueError("--max-length must be at least 8, and --max-answer at least 1")
     offline = not (args.model or args.train or args.eval)
     if offline:
         args.model = TINY_BERT
@@ -116,8 +118,26 @@ def parse_train(argv, description, methods):
         if getattr(args, name) is None:
             setattr(args, name, default)
     if not args.eval:
+        args.task = args.task or "qa"
         check(args)
     return args
+
+
+def parse_compact(argv, description):
+    """The flags of compact.py. Raises ValueError."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("model", help="folder of a saved model")
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one("target", nargs="?", help="folder to write the compact model to")
+    one("--expand", metavar="FOLDER", help="write the model in the dense shapes, to there")
+    one("--compare", metavar="FOLDER", help="scores, size and speed of this model and another")
+    one("--ask", metavar="TEXT", help="a question, a classifier's text, or an answer")
+    add("--context", metavar="FILE", help="a text file with the answer, or the second text")
+    add("--dev", metavar="FILE", help="data to measure on (default: the generated corpus)")
+    add("--columns", metavar="NAMES", help="of a table, as train.py's")
+    add("--bfloat16", action="store_true", help="store and compute in 16 bits: half the size")
+    return parse(parser, argv)
 
 
 def check(args):

@@ -10,9 +10,10 @@ story. The folder that `--out` names holds
     predictions.json, layers.svg            of the last model
     summary.json      written last: where it lies, the run is finished
 
-A run that goes on ends with the same bits on a CPU, because every step begins from what a
-checkpoint holds (weights, scores, masks, AdamW's state, the number of the step) and from random
-numbers that depend on the seed and on the step alone.
+A run that goes on ends with the same bits on a CPU (with the same number of threads), because every
+step begins from what a checkpoint holds (weights, scores, masks, AdamW's state, the number of the
+step and, for a speed, the measured times and the share of blocks) and from random numbers that
+depend on the seed and on the step alone.
 """
 import json
 import os
@@ -36,6 +37,8 @@ from model import read_json, read_torch, save_json, whole_file
 
 STAGES = ("dense", "pruned", "compact", "filled")
 SECONDS_BETWEEN_CHECKPOINTS = 600
+# What may differ where a run goes on; the contents of files are compared, not their paths.
+INFORMATION = ("model", "teacher", "train", "dev", "python", "torch", "tokenizers")
 BAR = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 RANK, WORLD, LOCAL = 0, 1, 0                    # this process, of how many; its number here
@@ -59,17 +62,24 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         self.summary = None                                          # of this run, if finished
         self.goes_on = False
-        if not (self.path / "settings.json").exists() or overwrite:
+        if not (self.path / "settings.json").exists():
+            if self.checkpoint.exists() and not overwrite:
+                raise ValueError(f"{self.path}: holds a run without settings.json; give another "
+                                 "--out, or --overwrite to replace it")
             return
         theirs = read_json(self.path / "settings.json")
         different = [f"{name} {theirs.get(name)}, not {value}"
-                     for name, value in self.settings.items() if theirs.get(name) != value]
+                     for name, value in self.settings.items()
+                     if theirs.get(name) != value and name not in INFORMATION]
+        finished = (self.path / "summary.json").exists()
+        if overwrite and (different or finished):
+            return
         if different:
             raise ValueError(f"{self.path}: holds a run with {'; '.join(different)[:300]}: give "
                              "the same flags to go on with it, another --out for another run, or "
                              "--overwrite to replace it")
         self.goes_on = self.checkpoint.exists()
-        if (self.path / "summary.json").exists():
+        if finished:
             self.summary = read_json(self.path / "summary.json")
 
     def begin(self, **state):
@@ -88,9 +98,10 @@ class RunFolder:
 
     def clear(self):
         """Remove an older run. The checkpoint goes first, so that nobody goes on with a part."""
-        if (self.path / "settings.json").exists():
-            for name in ("checkpoint.pt", "summary.json", "log.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
+        holds_a_run = (self.path / "settings.json").exists() or self.checkpoint.exists()
+        for name in ("checkpoint.pt", "summary.json", "log.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        if holds_a_run:                                  # else the folders may be anybody's
             for name in STAGES:
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
@@ -150,15 +161,13 @@ class RunFolder:
             torch.save(self.state | tensors, file)
 
 
-def run_settings(args: dict, train, dev) -> dict:
-    """What must be the same for a run to go on, or to be called the same run."""
+def run_settings(args: dict, train, dev, *models) -> dict:
+    """What settings.json says. A run goes on where all but INFORMATION is the same."""
     settings = {name: args[name] for name in args if name not in ("out", "overwrite", "eval")}
-    for name in ("model", "teacher", "train", "dev"):
-        if settings[name]:
-            settings[name] = str(Path(settings[name]).resolve())
     return settings | {
         "train_data": fingerprint(train),
         "dev_data": fingerprint(dev),
+        "weights": [weights_fingerprint(model) for model in models if model],
         "device": DEVICE.type if DEVICE.type == "cpu" else torch.cuda.get_device_name(),
         "processes": WORLD,
         "python": platform.python_version(),
@@ -169,6 +178,13 @@ def run_settings(args: dict, train, dev) -> dict:
 
 def fingerprint(examples):
     return f"{len(examples)} examples, crc {zlib.crc32(repr(examples).encode()):08x}"
+
+
+def weights_fingerprint(model):
+    crc = 0
+    for tensor in model.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().numpy().tobytes(), crc)
+    return f"crc {crc:08x}"
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -193,8 +209,8 @@ def parallel(model):
     """The model to call in training: its gradients become the mean over all processes."""
     if WORLD == 1:
         return model
-    # Layers without heads have parameters that are never used.
-    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=True)
+    empty = any(not parameter.numel() for parameter in model.parameters())   # and so never used
+    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=empty)
 
 
 def my_share(windows, batch):
@@ -240,14 +256,15 @@ def progress_bar(items, title, first=0, total=None):
     terminal = sys.stderr.isatty()
     pause = 0.1 if terminal else 60                # seconds
     return tqdm(items, title, total, initial=first, leave=False, ncols=80, disable=RANK > 0,
-                bar_format=BAR if terminal else BAR + "\n", mininterval=pause, delay=pause)
+                bar_format=BAR if terminal else BAR + "\n", miniters=1, mininterval=pause,
+                delay=pause)
 
 
 def note_busy_machine():
     """Say that measured times will be wrong, where the load says that others compute, too."""
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count():
-        note("this machine is busy with other work: do not trust the times that are measured now; "
-             "with OMP_NUM_THREADS=1 in the environment, training may be faster")
+        note("this machine was busy in the last minute; if it still is, don't trust the times that "
+             "are measured, and training may be faster with OMP_NUM_THREADS=1 in the environment")
 
 
 def note_slow_bfloat16():
@@ -262,7 +279,7 @@ def one_line_errors():
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on with a run of train.py", status=130)
+        fail("stopped; the same command goes on with a run, from its last checkpoint", status=130)
     except OSError as error:
         if error.strerror is None:
             fail(str(error))

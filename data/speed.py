@@ -24,7 +24,8 @@ def measure_layers(model, batch, seconds):
     seconds: compact.py's stopwatch. The result can be written as JSON:
     "heads": [[0, ..., H], [what an attention with so many takes]];
     "ffn": [[0, ..., F], [what an FFN with so many dimensions takes]]; "rest": of a model without
-    both. Noise is flattened: more heads or dimensions never take less time.
+    both; "dense": of the whole model, predicted from these as that of smaller ones will be.
+    Noise is flattened: more heads or dimensions never take less time.
     """
     config = model.config
     make_layer = type(model.layers[0])
@@ -42,11 +43,13 @@ def measure_layers(model, batch, seconds):
     rounds = [[seconds(*call) for call in calls] for _ in range(15)]
     medians = 1000 * np.median(rounds, 0)
     of_heads, of_ffn = medians[1:len(heads) + 1], medians[len(heads) + 1:]
-    return {
+    times = {
         "heads": [heads, (np.maximum.accumulate(of_heads) - of_heads[0]).tolist()],
         "ffn": [widths, (np.maximum.accumulate(of_ffn) - of_ffn[0]).tolist()],
         "rest": float(medians[0]),
     }
+    times["dense"] = predicted_time(times, config.heads_per_layer, config.ffn_per_layer)
+    return times
 
 
 def predicted_time(layer_times, heads, dimensions):

@@ -114,9 +114,9 @@ def split(items, size):
     return [items[low:low + size] for low in range(0, len(items), size)]
 
 
-def collate(windows, pad, device):
+def collate(windows, device):
     """The model's inputs (input_ids, attention_mask, token_type_ids), (B, T) each; targets (N,)."""
-    ids = pad_sequence([w.ids for w in windows], batch_first=True, padding_value=pad)   # (B, T)
+    ids = pad_sequence([w.ids for w in windows], batch_first=True)    # (B, T); padding isn't seen
     length = torch.tensor([[len(w.ids)] for w in windows])                             # (B, 1)
     first = torch.tensor([[w.first] for w in windows])                                 # (B, 1)
     position = torch.arange(ids.shape[1])                                              # (T,)
@@ -128,7 +128,7 @@ def collate(windows, pad, device):
 
 
 @torch.inference_mode()
-def run_model(model, windows, pad, call=None):
+def run_model(model, windows, call=None):
     """The index of every window, in no order, and what the model, or `call`, makes of it.
 
     Raises ArithmeticError for logits that are not finite.
@@ -138,7 +138,7 @@ def run_model(model, windows, pad, call=None):
     # Long windows come first, so that the memory they took serves the others.
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     for indices in progress_bar(split(order, 32), "evaluate"):
-        inputs, _ = collate([windows[i] for i in indices], pad, device)
+        inputs, _ = collate([windows[i] for i in indices], device)
         results = (call or model)(*inputs).cpu()
         if not results.isfinite().all():
             raise ArithmeticError(f"example {windows[indices[0]].id} or one of its length: the "
