@@ -1,18 +1,20 @@
 """Delete the heads, rows and columns that pruning emptied, and prove that the function is the same.
 
-One idea: a unit (a head, or an FFN dimension) is rows of the matrices that write it and columns of
-the matrix that reads it. Where all its rows or all its columns are zero, what the unit adds to the
-output doesn't depend on the input: it is a constant, and not always 0, because biases are never
-masked. So the unit can be deleted if this constant moves into the bias of the matrix that reads it.
+One idea: what does not depend on the input is a constant, and a constant can move into a bias.
+An FFN dimension is computed by a row of the first matrix and read by a column of the second. Where
+either is zero, what it adds to the output is a constant, and not always 0, because biases are never
+masked. A dimension of a head is computed by a row of V and read by a column of W_O; Q and K only
+choose the weights with which V is averaged over the tokens. Such weights sum to 1, so the average
+of a constant is this constant. A head can go if that is all that its dimensions add.
 
-| what is zero                           | what follows                                            |
-|----------------------------------------|---------------------------------------------------------|
-| for every dimension d of a head: row d | Attention weights sum to 1, so the head adds the        |
-| of V, or column d of its part of W_O   | constant W_O[:, head] @ b_V[head], which moves to b_O.  |
-| row d of the first FFN matrix          | The unit is activation(b_1[d]); that times its column   |
-|                                        | of the second matrix moves to b_2.                      |
-| column d of the second FFN matrix      | The unit adds nothing.                                  |
-| a head's Q or K, but not its V         | The head stays: it is a mean of V over the tokens.      |
+| what is zero                        | what follows                                               |
+|-------------------------------------|------------------------------------------------------------|
+| row d of the first FFN matrix       | Dimension d is activation(b_1[d]). That, times its column  |
+|                                     | of the second matrix, moves to b_2.                        |
+| column d of the second FFN matrix   | Dimension d adds nothing.                                  |
+| for each dimension d of a head, its | The head adds W_O[:, head] @ b_V[head], which moves to     |
+| row of V, its column of W_O or both | b_O. (A column that is zero adds nothing to this.)         |
+| a head's Q or K, but not its V      | The head stays: it is a mean of V over the tokens.         |
 
     heads = compact_attention(query, key, value, output, head_size=64)     # of anybody's model
     dimensions = compact_ffn(first, second, activation)
@@ -133,7 +135,7 @@ def compact(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def expand(small: nn.Module) -> nn.Module:
-    """A copy in the dense shapes: what was deleted is zeros, behind what is left of each layer."""
+    """A copy in the dense shapes: in each layer, what is left comes first, then zeros."""
     with torch.device("meta"):                                      # only shapes: no memory
         dense = type(small)(replace(small.config, heads_per_layer=None, ffn_per_layer=None))
     state = dense.state_dict()
@@ -183,7 +185,8 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
 def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
-    torch.empty(8_000_000)                     # 32 MB, freed at once: glibc then keeps freed memory
+    # 32 MB, freed at once: from then on glibc keeps freed memory, and no call waits for new pages.
+    torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()
         model(*batch).sum().item()                   # .item() waits for a GPU
@@ -228,7 +231,7 @@ def sizes(model, small):
 
 
 def main(argv=None):
-    """The command line. Raises ordinary exceptions."""
+    """The command line. Raises ValueError, ArithmeticError or OSError."""
     import data  # here, because all of the above works without it
     from data import options, run
     run.said.clear()

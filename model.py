@@ -1,9 +1,9 @@
 """BERT, written by hand, that opens and saves Hugging Face checkpoints.
 
 One idea: a model is its tensors. BERT is 12 identical layers, and each has two sublayers:
-self-attention and a feed-forward network (FFN). So a table of a dozen names is enough to read
+self-attention and a feed-forward network (FFN). So a short table of names is enough to read
 anybody's checkpoint. Every layer may have its own number of heads and of FFN dimensions, because
-that is what block pruning leaves behind.
+that is what block pruning leaves.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids).unbind(1)   # logits, (B, T) each
@@ -180,6 +180,7 @@ class Bert(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Without labels: a classifier sets its own, and the other models have none.
         self.base_config = replace(config, labels=None, reading=replace(config.reading))
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
@@ -262,7 +263,7 @@ class BertForQuestionAnswering(Bert):
         self.initialise(self)
 
     def head_logits(self, x, attention_mask, token_type_ids):
-        """Start and end logits, (B, 2, T), start first; padding gets -1e4, which is finite."""
+        """Start and end logits, (B, 2, T), start first; padding gets -1e4 (-inf makes KL NaN)."""
         logits = self.span(x).transpose(1, 2).float()                                    # (B, 2, T)
         return logits.masked_fill(attention_mask[:, None] == 0, -1e4)
 
@@ -292,7 +293,7 @@ class BertForSequenceClassification(Bert):
 
 
 class BertForGeneration(Bert):
-    """BERT that reads a source (type 0) and writes a target (type 1), with BertForMaskedLM's weights.
+    """BERT that reads a source (type 0) and writes a target (type 1), by BertForMaskedLM's weights.
 
     All tokens see the source; a token of the target also sees itself and those before it.
     """
@@ -312,7 +313,7 @@ class BertForGeneration(Bert):
         return super().visible_tokens(attention_mask, token_type_ids) & (source | not_later)
 
     def head_logits(self, x, attention_mask, token_type_ids):
-        """Logits (N, V) of the token behind each of the N tokens of type 1, in their order."""
+        """Logits (N, V) of the next token, for each of the N tokens of type 1, in their order."""
         return self.vocabulary(x[token_type_ids == 1], self.embeddings.word.weight)
 
 
@@ -408,7 +409,7 @@ def load_checkpoint(kind, folder):
 
 
 def config_from_json(values):
-    """The BertConfig in what config.json holds. Where it makes no sense, all kinds of errors."""
+    """The BertConfig that config.json describes. Raises whatever error bad values cause."""
     for name, only in SUPPORTED.items():
         if values.get(name) not in (None, only):
             raise ValueError(f"{name} {values[name]} is not supported, only {only}")
@@ -494,12 +495,12 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
-    """Read a safetensors file; of integers and rarer types, which no weight has, only the type.
+    """Read a safetensors file: name -> tensor, or the type's name if no weight can have that type.
 
     Raises ValueError, naming the file, unless all is as the format says.
     """
     tensors = {}
-    position = 0                                                   # behind the header
+    position = 0                                                   # after the header
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.path.getsize(path) - 8 - length                  # of all tensors
@@ -511,7 +512,7 @@ def read_safetensors(path):
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, end = entry["data_offsets"]
                 if begin != position or not begin <= end <= size:
-                    raise ValueError(f"{name!r} is cut off, or a gap is before it")
+                    raise ValueError(f"{name!r} is cut off, or preceded by a gap")
                 position = end
                 raw = torch.empty(end - begin, dtype=torch.uint8)
                 file.readinto(raw.numpy())

@@ -11,11 +11,13 @@ straight-through estimator (STE) therefore pretends that this slope is 1:
     backward     dL/dW    = dL/dW' * expand(M)
                  dL/dS_ij = sum over block ij of dL/dW' * W
 
-Why does this measure usefulness? Call g the gradient dL/dW' of a weight in use. Gradient descent
-moves W along -g, and S along -(sum of g W). So S rises where training pushes weights away from
-zero (g and W have opposite signs) and falls where it pushes them towards zero. Hence "movement".
-A dropped block can come back: its weights get no gradient, but its score still does, because g is
-the gradient of W', which exists where W' is 0, too.
+Why does this measure usefulness? Call g the gradient dL/dW' of a weight. Gradient descent moves a
+kept weight along -g, and S along -(sum of g W). So S rises where g and W have opposite signs, which
+is where training pushes weights away from zero, and falls where it pushes them towards zero. Hence
+the name "movement". To first order, sum of g W is also the change of the loss if the block's
+weights W are added to what the layer uses. So the score of a dropped block, whose W no longer
+changes, rises while putting the block back would lower the loss. Once its score is among the best
+again, the block is back, with its old weights.
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -57,7 +59,8 @@ class BlockMask(nn.Module):
     def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
-        transposed  this matrix reads what the others write: its transpose is cut and scored
+        transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix): its
+                    transpose is cut and scored, so that its blocks are c x r
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -71,7 +74,7 @@ class BlockMask(nn.Module):
         shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
         self.block = (r, c)
         self.transposed = transposed
-        self.schedule_ended = True              # False while `advance` is on its way
+        self.schedule_ended = True              # `advance` sets it, and `bake` warns if it is False
         # In a tuple, so that PyTorch doesn't register another mask's scores a second time here.
         self.owner = (owner or self,)
         if owner is None:
@@ -124,7 +127,7 @@ class BlockGroup:
                  cut into r x c blocks
         columns  name patterns of the matrices that read what those write (its output): they are cut
                  into c x r blocks
-        unit     how many rows belong together: the size of a head in the attention, else 1
+        unit     how many rows can only be deleted together: the size of a head, or 1 in the FFN
         method   one of METHODS; with magnitude, scores are not learned
         """
         if method not in METHODS:
@@ -135,10 +138,11 @@ class BlockGroup:
         every = sum(writers + readers, [])
         check_free(model, every)
 
-        # A block of whole rows (1xall, or 64xall with heads of 64) stands for outputs, and an
-        # output is worth nothing without the column that reads it. So the n-th matrices of all
-        # patterns share one score for each such block, and its gradient is the sum over them all.
-        # A smaller block (32x32) is of use by itself, so every matrix has scores of its own.
+        # Scores are shared where a block is made of whole units: heads (64xall with heads of 64) or
+        # FFN dimensions (1xall). A unit is worth nothing if only some of the matrices that write
+        # it, or only the one that reads it, are left. So the n-th matrices of all patterns share
+        # one score for each such block, and its gradient is the sum over all of them.
+        # Every other block (32x32, or a part of a head) is of use by itself: no sharing.
         r, c = parse_block(block)
         shares_scores = r is not None and c is None and r % unit == 0
         if shares_scores:
@@ -196,7 +200,7 @@ class BlockGroup:
             mask.schedule_ended = step >= end
         if soft:
             tau = cubic(step, start, end, 0.0, TAU)
-            self.set_masks(self.current_scores().sigmoid() > tau)
+            self.set_masks(self.measure_scores().sigmoid() > tau)
             # mean(sigmoid(S)) over the blocks of every matrix, then over the matrices
             penalty = sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
             return cubic(step, start, end, 0.0, lambda_) * penalty
@@ -209,7 +213,7 @@ class BlockGroup:
 
         Raises ValueError for a density that makes no sense, ArithmeticError for scores of NaN.
         """
-        self.set_masks(best(self.current_scores(), self.blocks_to_keep(density)))
+        self.set_masks(best(self.measure_scores(), self.blocks_to_keep(density)))
 
     def blocks_to_keep(self, density):
         """round(density * blocks). Raises ValueError if that is none, or more than all."""
@@ -220,8 +224,8 @@ class BlockGroup:
         return count
 
     @torch.no_grad()
-    def current_scores(self):
-        """The scores of all blocks, (blocks,); with magnitude, their mean |W| at this moment."""
+    def measure_scores(self):
+        """The scores of all blocks, (blocks,); with magnitude, first set to their mean |W|."""
         if self.method == "magnitude":
             for mask, linears in zip(self.masks, self.sharing):
                 weights = [linear.parametrizations.weight for linear in linears]

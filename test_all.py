@@ -1086,7 +1086,7 @@ def test_the_metric_is_squads():
     for version, cases in (("metric", False), ("metric_v2", True)):
         asked, predictions = [], {}
         for case in REFERENCE[version]:
-            asked.append(squad_json.Question(str(len(asked)), "?", "", case["answers"], v2=cases))
+            asked.append(squad_json.Question(str(len(asked)), "?", "", case["answers"], may_be_empty=cases))
             predictions[asked[-1].id] = case["prediction"]
             result = qa.score(predictions, asked[-1:])
             names = ("exact", "f1") if cases else ("exact_match", "f1")
@@ -1116,7 +1116,7 @@ class Fixed(nn.Module):
 
 def test_no_answer_is_predicted_by_the_null_score(tmp_path):
     tokenizer = text.load_tokenizer(checkpoint(tmp_path))
-    question = squad_json.Question("q", "Which ?", "Adam is a cook. Anna a nurse.", ["Adam"], v2=True)
+    question = squad_json.Question("q", "Which ?", "Adam is a cook. Anna a nurse.", ["Adam"], may_be_empty=True)
     # [CLS] which ? [SEP] adam is a cook . anna a nurse . [SEP]; then two windows of 6 tokens and 5
     whole = {14: [[1.0, 0, 0, 0, 3.0], [2.0, 0, 0, 0, 0.5]]}             # null 3.0, span "Adam" 3.5
     cut = {11: [[4.0, 0, 0, 0, 3.0], [4.0, 0, 0, 0, 0.5]],               # null 8.0, span 3.5
@@ -1126,9 +1126,9 @@ def test_no_answer_is_predicted_by_the_null_score(tmp_path):
             (cut, 11, 2, -1.9, "Adam"), (cut, 11, 2, -2.1, "")):
         config = reading(length, stride, null_threshold=threshold)
         assert qa.predict(Fixed(table, config), tokenizer, [question]) == {"q": expected}
-    for v2, knows, expected in ((False, True, "Adam"),           # v1.1: an answer to everything
+    for may_be_empty, knows, expected in ((False, True, "Adam"),           # v1.1: an answer to everything
                                 (None, False, "Adam"), (None, True, "")):     # --ask: as trained
-        question.v2 = v2
+        question.may_be_empty = may_be_empty
         config = reading(14, 0, null_threshold=-9.0, no_answer=knows)
         assert qa.predict(Fixed(whole, config), tokenizer, [question]) == {"q": expected}
 
@@ -1149,10 +1149,10 @@ def test_what_a_question_says_about_itself_counts(tmp_path):
     ben, none = entry(answers=[("Ben", 9)]), [entry("b"), entry("b", is_impossible="True")]
     for version, other in itertools.product((None, "v2.0", "1.1"), none):
         read = read_entries(tmp_path, ben, other, version=version)
-        assert all(question.v2 for question in read)
+        assert all(question.may_be_empty for question in read)
         assert qa.score({"a": "Ben", "b": ""}, read)["NoAns_exact"] == 100
     for version, expected in (("v2.0", True), ("1.1", False), (None, False)):
-        assert read_entries(tmp_path, ben, version=version)[0].v2 == expected
+        assert read_entries(tmp_path, ben, version=version)[0].may_be_empty == expected
     message = error_of(read_entries, tmp_path, ben | {"is_impossible": True})
     assert "question a is_impossible, but has an answer" in message
 

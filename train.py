@@ -2,7 +2,7 @@
 
 One idea: pruning is fine-tuning with a schedule. A run is a story of stages, which `whole_run`
 tells: dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros are
-made permanent; deletion; and, on request, filling. Below it stands the loop of every stage.
+made permanent; deletion; and, on request, filling. The loop of all stages follows it.
 
     python train.py --block 32x32                                    # offline, a minute or two
     python train.py --block 32x32 --model data/bert-base-uncased \\
@@ -41,7 +41,10 @@ TEMPERATURE = 2.0                                                             # 
 
 
 def main(argv=None):
-    """The command line. Returns the summary, or the scores of --eval. Raises ordinary errors."""
+    """The command line. Returns the summary, or the scores of --eval.
+
+    Raises ValueError, ArithmeticError or OSError for what is wrong outside of the code.
+    """
     run.said.clear()
     args = options.parse_train(argv, __doc__.splitlines()[0], METHODS)
     if args.eval:
@@ -74,8 +77,11 @@ def whole_run(args):
 
 
 def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
-    """Train `model` in place, save and score it; if that was done before, open what was saved."""
-    if epochs and job.folder.is_finished(stage):
+    """Train `model` in place, save and score it; if that was done before, open what was saved.
+
+    With 0 epochs there is nothing to train: then the model is only baked and scored.
+    """
+    if epochs > 0 and job.folder.is_finished(stage):
         return data.open_model(job.folder.path / stage, job.task)[0]
     args = job.args
     model.train()
@@ -90,24 +96,25 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
-        indices, weight = my_share(job.windows, schedule[step])      # all, with one process
+        # With several processes: this one's windows of the batch, and what its loss counts.
+        indices, share = my_share(job.windows, schedule[step])
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
             logits = parallel_model(*inputs)
             width = logits.shape[-1]
             teacher_logits = teacher.logits(indices, inputs, width) if teacher else None
         loss, cross_entropy, kl = task_loss(logits, targets, teacher_logits, args.distill)
-        loss = weight * loss + penalty
+        loss = share * loss + penalty
         loss.backward()
         clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        losses = {"loss": loss, "cross_entropy": weight * cross_entropy, "kl": weight * kl,
+        losses = {"loss": loss, "cross_entropy": share * cross_entropy, "kl": share * kl,
                   "penalty": penalty}
         densities = pruner.densities() if pruner else {}
         epoch = 1 + step * epochs // total
         job.folder.log_step(stage, step, losses, epoch=epoch, lr=lr, **densities)
-    bake(model)                                      # where there are masks, zeros take their place
+    bake(model)                   # masks become zeros in the weights; without masks nothing happens
     save_and_score(job, stage, model)
     return model
 
@@ -142,7 +149,7 @@ class Teacher:
     def __init__(self, model, job):
         self.frozen_model = None
         if job.task.KEEPS_LOGITS:
-            # By window, (K,) or (n, K): all epochs have the same windows.
+            # By window, (K,) for classification or (2, K) for qa: epochs have the same windows.
             self.kept_logits = dict(run_model(model, job.windows))
         else:
             self.frozen_model = copy.deepcopy(model).eval()     # the model itself goes on learning
@@ -216,14 +223,16 @@ class DensityPruner:
 class SpeedPruner(DensityPruner):
     """Sets the masks so that the time after deletion falls to 1 / X of the dense model's.
 
-    A controller: it looks how long the model would take if it were deleted now, t(now), and keeps
-    a smaller share v of all blocks where that is too long, a larger one where it is too short:
+    A controller: it predicts how long the model would take if what is empty now were deleted,
+    t(now). Where that is too long, a smaller share v of the blocks may stay, in both groups; where
+    it is short enough, a larger one:
 
         v <- min(1, v * (limit / t(now)) ** 0.5)
 
-    where `limit` falls from t(dense) to t(dense) / X on the cubic curve. Some hundred corrections
-    in a run are enough; with the exponent 1, v would oscillate. A checkpoint holds v ("share") and
-    the times of layers that t is computed from (see data/speed.py).
+    Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
+    stays there, while v is still corrected. Some hundred corrections in a run are enough; with the
+    exponent 1, v would oscillate. A checkpoint holds v ("share") and the times of layers that t is
+    computed from (see data/speed.py).
     """
 
     def update(self, step, total):
@@ -286,7 +295,7 @@ def prepare(args):
     teacher = open_teacher(args, task, model, tokenizer, train)
     if args.layers:
         take_layers(model, args.layers)
-    with torch.device("meta"):                                   # tried out, before all the work
+    with torch.device("meta"):                         # do the blocks fit the matrices at all?
         for group in add_masks(type(model)(model.config), args):
             group.blocks_to_keep(1.0 if args.speedup else args.density)
     flags = vars(args) | asdict(model.config.reading)
@@ -322,12 +331,12 @@ def open_teacher(args, task, model, tokenizer, train):
     Without --teacher it will be the dense model, if that can learn its task first.
     """
     teacher = None
-    knows = args.dense_epochs or model.has_head and not args.layers
+    can_teach = args.dense_epochs > 0 or (model.has_head and not args.layers)
     if args.teacher:
         teacher, other, _ = data.open_model(args.teacher, task, model.config.reading)
-        knows = teacher.has_head and other.get_vocab() == tokenizer.get_vocab() and \
-            task.targets_agree(teacher, model, train)
-    if args.distill and not knows:
+        same_tokens = other.get_vocab() == tokenizer.get_vocab()
+        can_teach = same_tokens and teacher.has_head and task.targets_agree(teacher, model, train)
+    if args.distill and not can_teach:
         raise ValueError(f"{args.teacher or args.model}: cannot teach, without output layer, with "
                          "part of its layers, with other tokens or labels; give --dense-epochs, "
                          "another --teacher or --distill 0")
@@ -345,7 +354,7 @@ def save_and_score(job, stage, model):
     """At a stage's end, once: save the model, evaluate it, record the scores."""
     if RANK > 0 or job.folder.is_finished(stage):
         return
-    if stage != "dense" or job.args.dense_epochs:
+    if stage != "dense" or job.args.dense_epochs > 0:                # else it is --model itself
         data.save_model(model, job.folder.path / stage, job.args.model)
     predictions = job.task.predict(model, job.tokenizer, job.dev)
     save_json(job.folder.path / "predictions.json", predictions)

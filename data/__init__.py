@@ -75,12 +75,12 @@ def save_model(model, folder, source):
     copy_tokenizer(source, folder)
 
 
-def read_examples(task, path, split, columns):
-    """The examples of a file, or of the generated corpus; split: "train" or "dev"."""
+def read_examples(task, path, name, columns):
+    """The examples of a file, or of the generated corpus; name: "train" or "dev"."""
     if path is None:
-        path = Path(__file__).parent / f"corpus/{split}.{task.SUFFIX}"
+        path = Path(__file__).parent / f"corpus/{name}.{task.SUFFIX}"
         note("no file is given: this is the generated corpus of data/corpus")
-    return task.read(path, split == "train", columns)
+    return task.read(path, name == "train", columns)
 
 
 def read_predictions(path, examples):

@@ -101,7 +101,7 @@ def targets_agree(teacher, model, sentences):
 
 
 def labels_of(sentences):
-    """All labels, sorted: as numbers, if all are some."""
+    """All labels, sorted: numerically, if all are numbers."""
     labels = {sentence.label for sentence in sentences}
     return sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
 
@@ -112,7 +112,11 @@ def places(sentences, model):
 
 
 def index_of(label, labels):
-    """The place of a label; 0, 1, ... are places where the labels themselves have other names."""
+    """The place of a label among the model's; None if it is none of them.
+
+    Files often have 0, 1, ... where a model has names. Then the number is the place: with the
+    model's labels ["negative", "positive"], the file's 0 is "negative".
+    """
     if label in labels:
         return labels.index(label)
     named = not any(map(str.isdecimal, labels))
@@ -143,7 +147,7 @@ def make_windows(sentences, tokenizer, config):
                              f"such as {config.labels[:9]}; mend or remove the line")
         end = code.sequence_ids.count(0)                                    # of the first text
         ids = [cls, *code.ids[:end], sep]
-        first = len(ids)                                # behind it all where there is no second
+        first = len(ids)                                # the end, if there is no second text
         if len(sentence.texts) == 2:
             ids += [*code.ids[end:], sep]
         windows.append(Window(sentence.id, torch.tensor(ids), first, torch.tensor([target])))

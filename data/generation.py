@@ -1,4 +1,4 @@
-"""Task generation: write the question to an answer, word by word; score it by BLEU and ROUGE-L.
+"""Task generation: write the question that an answer answers; score it by BLEU and ROUGE-L.
 
     [CLS] answer [SEP] context around the answer      the source, type 0: every token sees it all
     [SEP] q1 q2 .. qn                                 the target, type 1: predicts q1 q2 .. qn [SEP]
@@ -51,7 +51,8 @@ def make_windows(questions, tokenizer, config):
     """A window for every question; its context is cut around the answer. Raises ValueError."""
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     length = config.reading.max_length
-    half = (length - LONGEST - 3) // 2         # for the answer, twice, and the context's two sides
+    # The source is the answer, then the context: a side, the answer again, a side of the same size.
+    half = (length - LONGEST - 3) // 2                                     # an answer and a side
     if half < 1:
         raise ValueError(f"--max-length {length} has no room beside a question of "
                          f"{LONGEST} tokens; raise it")

@@ -1,4 +1,7 @@
-"""The command lines of train.py and compact.py: flags, ranges, defaults, and what goes together."""
+"""The command lines of train.py and compact.py: flags, defaults, ranges.
+
+One idea: every flag is declared once, and what makes no sense is refused before any work is done.
+"""
 import argparse
 from pathlib import Path
 

@@ -27,7 +27,7 @@ def remaining(before, after):
 
 
 def closing_table(summary):
-    """One row a stage of summary.json. Pruning leaves the dense shapes, and so the dense speed."""
+    """One row per stage. Pruning leaves the dense shapes, and so the dense speed: 1.00x."""
     names = list(summary["dense"])[:2]                                  # of the scores
     rows = [("model", *names, "density", "parameters", "heads", "speed")]
     densities = {"dense": 1.0, "pruned": summary["density"]}
@@ -76,7 +76,7 @@ def bar(kept, total, x, y):
 
 
 def layers_svg(before, after):
-    """layer_table as a picture: two bars a layer, for its heads and for its FFN dimensions."""
+    """layer_table as a picture: two bars per layer, for its heads and for its FFN dimensions."""
     height = 30 + 22 * len(before.heads_per_layer)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" fill="{GREY}" '
              'font-family="sans-serif" font-size="13">',

@@ -54,8 +54,8 @@ class SpanWindow(Window):
 
 
 def prepare_model(model, questions):
-    """Let the model know whether "no answer" may be right."""
-    model.config.reading.no_answer = bool(questions[0].v2)
+    """Let the model know, and remember, whether "no answer" may be right."""
+    model.config.reading.no_answer = bool(questions[0].may_be_empty)
 
 
 def make_windows(questions, tokenizer, config):
@@ -77,7 +77,7 @@ def make_windows(questions, tokenizer, config):
         if not ids:
             raise ValueError(f"{question.file}: question {question.id}: its context has no token; "
                              "remove it")
-        start, end = answer_tokens(question, offsets)              # -1, in no window: no answer
+        start, end = answer_tokens(question, offsets)              # (-1, -1) fits in no window
         prefix = [cls, *code.ids, sep]
         room = reading.max_length - len(prefix) - 1
         if room <= reading.stride:
@@ -121,7 +121,7 @@ def predict(model, tokenizer, questions):
     """
     reading = model.config.reading
     windows = make_windows(questions, tokenizer, model.config)
-    found = {}                                   # for each question: a list with an entry a window
+    found = {}                                   # for each question: one entry per window
     for i, logits in run_model(model, windows):
         score, first, last = best_span(logits, windows[i], reading.max_answer)
         null_score = logits[:, 0].sum().item()
@@ -131,7 +131,7 @@ def predict(model, tokenizer, questions):
     for question in questions:
         score, answer, _ = max(found[question.id])
         null_score = min(null_score for _, _, null_score in found[question.id])
-        may_be_empty = reading.no_answer if question.v2 is None else question.v2
+        may_be_empty = reading.no_answer if question.may_be_empty is None else question.may_be_empty
         if may_be_empty and null_score - score > reading.null_threshold:
             answer = ""
         answers[question.id] = answer
@@ -178,19 +178,19 @@ def score(predictions, questions):
             exact, overlap, _ = (100 * sum(column) / len(part) for column in zip(*part))
             result |= {f"{prefix}exact": exact, f"{prefix}f1": overlap, f"{prefix}total": len(part)}
     short = {"exact_match": result["exact"], "f1": result["f1"]}
-    return short | result if questions[0].v2 else short
+    return short | result if questions[0].may_be_empty else short
 
 
 def score_one(text, question):
     """Exact match and F1 of one prediction, 0 to 1."""
     truths = [normalise(answer) for answer in question.answers]
-    if question.v2:
+    if question.may_be_empty:
         truths = [truth for truth in truths if truth] or [""]
     if text is None:
         return 0.0, 0.0
     said = normalise(text)
     exact = float(said in truths)
     overlap = max(f1(said, truth) for truth in truths)
-    if question.v2:
+    if question.may_be_empty:
         overlap = max(overlap, exact)                                       # "" for "" is right
     return exact, overlap

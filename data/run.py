@@ -1,7 +1,7 @@
 """A run's folder and how an interrupted run goes on; several processes; errors of one line.
 
-One idea: what is hard about a long run stands behind one call each, so that train.py stays a plain
-story. The folder that `--out` names holds
+One idea: whatever is hard about a long run is one call here, so that train.py stays a plain story.
+The folder that `--out` names holds
 
     settings.json     which run this is: its flags, versions, device and fingerprints of its data
     dense/, pruned/, compact/, filled/      the model at the end of each stage
@@ -108,7 +108,8 @@ class RunFolder:
     def steps(self, stage, total, model, optimizer):
         """The steps of a stage that are to be done, from its checkpoint on, if there is one.
 
-        Meanwhile a bar shows how far it is, and now and then a checkpoint is written.
+        To be used as the loop's range. Between two steps (in each, the caller calls `log_step`) a
+        bar shows how far the stage is, and every ten minutes a checkpoint is written.
         """
         first = 0
         if self.state.get("stage") == stage:
@@ -214,14 +215,14 @@ def parallel(model):
 
 
 def my_share(windows, batch):
-    """This process's part of a batch of window indices, and the weight of its loss.
+    """This process's part of a batch of window indices, and the factor of its loss.
 
-    The weight is its share of the batch's targets. Since the gradients of all processes are then
-    averaged, it is multiplied by their number: so they are summed. One process has the weight 1.
+    The factor is its share of the batch's targets. Since the gradients of all processes are then
+    averaged, it is multiplied by their number: so they are summed. A single process has 1.
     """
     counts = [len(windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)
-    # A process that gets no window takes the first, with weight 0, because the others wait for it.
+    # A process that gets no window takes the first, with factor 0, because the others wait for it.
     return batch[RANK::WORLD] or batch[:1], WORLD * share
 
 
@@ -279,7 +280,7 @@ def one_line_errors():
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on with a run, from its last checkpoint", status=130)
+        fail("stopped; the same command resumes a run from its last checkpoint", status=130)
     except OSError as error:
         if error.strerror is None:
             fail(str(error))

@@ -1,9 +1,9 @@
-"""How long the layers of a model take on this machine, with so many heads and FFN dimensions.
+"""How long a model's layers take on this machine, with fewer heads and FFN dimensions.
 
 One idea: a density is no speed, since deletion removes only whole heads and dimensions, and since
-each machine gains another time from them. So a run that is asked for a speed measures first: one
+each machine gains a different time from that. So a run that is asked for a speed first measures one
 layer's attention with 0, 1, ..., H heads, its FFN with nine widths, and the rest of the model
-(embeddings, norms, sums, head). The time of any smaller model is then predicted as
+(embeddings, norms, sums, output layer). The time of any smaller model is then predicted as
 
     t = rest + sum over the layers of heads[h] + ffn[f]
 
@@ -21,7 +21,8 @@ import torch
 def measure_layers(model, batch, seconds):
     """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
 
-    seconds: compact.py's stopwatch. The result can be written as JSON:
+    seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
+    The result can be written as JSON:
     "heads": [[0, ..., H], [what an attention with so many takes]];
     "ffn": [[0, ..., F], [what an FFN with so many dimensions takes]]; "rest": of a model without
     both; "dense": of the whole model, predicted from these as that of smaller ones will be.
@@ -31,8 +32,10 @@ def measure_layers(model, batch, seconds):
     make_layer = type(model.layers[0])
     ids, attention_mask, types = batch
     heads = [*range(config.num_attention_heads + 1)]
-    # Odd widths, as most are that pruning leaves: they take longer than multiples of 16.
-    widths = [config.intermediate_size * i * i // 64 | bool(i % 8) for i in range(9)]
+    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. All but
+    # the first and the last are odd, as most are that pruning leaves: multiples of 16 are faster.
+    widths = [config.intermediate_size * i * i // 64 for i in range(9)]
+    widths[1:8] = [width + 1 - width % 2 for width in widths[1:8]]
     none = [0] * len(model.layers)
     with torch.device(ids.device):
         layers = [make_layer(config, n, 0) for n in heads]

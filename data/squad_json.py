@@ -1,4 +1,6 @@
-"""SQuAD's JSON -> questions, for the tasks that learn from it.
+"""SQuAD's JSON -> questions, for the two tasks that learn from it.
+
+One idea: a file is checked where it is read, so that nobody checks a question again.
 
     {"version": "v2.0", "data": [{"paragraphs": [{"context": "Anna lives in Rome.", "qas": [
         {"id": "1", "question": "Where does Anna live?", "is_impossible": false,
@@ -25,7 +27,7 @@ class Question:
     answers: list[str]                       # every text that counts as right
     offset: int | None = None                # where the first answer should begin
     span: tuple[int, int] | None = None      # where it does begin and end, if training needs it
-    v2: bool | None = False                  # may "" (no answer) be right, as in SQuAD v2.0?
+    may_be_empty: bool | None = False        # may "" (no answer) be right, as in SQuAD v2.0?
     file: str | Path = field(default="", repr=False)                   # where it stands, for errors
 
 
@@ -50,7 +52,7 @@ def read(path, train=False, columns=None):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
                     question = read_question(entry, context, path)
-                    v2 |= question.v2 or not question.answers
+                    v2 |= not question.answers
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
@@ -62,7 +64,7 @@ def read(path, train=False, columns=None):
         raise ValueError(f"{path}: {count} questions have the id {id_}; predictions go by id, so "
                          "give each its own")
     for question in questions:
-        question.v2 = v2
+        question.may_be_empty = v2
     if train:
         find_spans(questions, path)
     return questions
@@ -79,8 +81,8 @@ def read_question(entry, context, path):
         if len(question.answers) == 1:
             begin = answer.get("answer_start")
             question.offset = -1 if begin is None else int(begin)
-    question.v2 = str(entry.get("is_impossible")).lower() in ("true", "1")
-    if question.v2 and question.answers:
+    impossible = str(entry.get("is_impossible")).lower() in ("true", "1")
+    if impossible and question.answers:
         raise ValueError(f"question {question.id} is_impossible, but has an answer")
     return question
 
@@ -104,7 +106,7 @@ def example(question, answers, path):
         raise ValueError("--ask needs the text that the answer stands in; give --context FILE")
     context = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     found = Question("--ask", question, context, answers, context.find("".join(answers)),
-                     v2=None, file=path)
+                     may_be_empty=None, file=path)
     find_spans([found], path)
     return found
 
@@ -137,8 +139,8 @@ def find_spans(questions, path):
             question.span = (begin, end)
     if lost:
         raise ValueError(f"{path}: {len(lost)} answers are neither at their offset nor in the "
-                         f"context exactly once, as of question {', '.join(lost[:5])}; mend or "
-                         "remove them")
+                         f"context exactly once, as those of question {', '.join(lost[:5])}; mend "
+                         "or remove them")
 
 
 def end_of(context, text, begin):

@@ -57,7 +57,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer.no_padding()
         if kind.startswith("Bert"):
             apply_settings(tokenizer, settings, path)
-        tokenizer.encode("\u2603")
+        tokenizer.encode("\u2603")             # if it panics over an unknown character, then now
     except KeyboardInterrupt:
         raise
     except BaseException as error:             # a panic of the library is a BaseException only
@@ -129,7 +129,7 @@ def collate(windows, device):
 
 @torch.inference_mode()
 def run_model(model, windows, call=None):
-    """The index of every window, in no order, and what the model, or `call`, makes of it.
+    """The index of each window, in no particular order, and what the model, or `call`, makes of it.
 
     Raises ArithmeticError for logits that are not finite.
     """
