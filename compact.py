@@ -3,9 +3,10 @@
 One idea: what does not depend on the input is a constant, and a constant can move into a bias.
 An FFN dimension is computed by a row of the first matrix and read by a column of the second. Where
 either is zero, what it adds to the output is a constant, and not always 0, because biases are never
-masked. A dimension of a head is computed by a row of V and read by a column of W_O; Q and K only
-choose the weights with which V is averaged over the tokens. Such weights sum to 1, so the average
-of a constant is this constant. A head can go if that is all that its dimensions add.
+masked. A dimension of a head is computed by a row of W_V and read by a column of W_O; queries and
+keys only choose the weights with which the values are averaged over the tokens. These weights sum
+to 1, so the average of a constant is this constant. A head can be deleted if each of its dimensions
+adds only a constant, or nothing.
 
 | what is zero                        | what follows                                               |
 |-------------------------------------|------------------------------------------------------------|
@@ -13,8 +14,8 @@ of a constant is this constant. A head can go if that is all that its dimensions
 |                                     | of the second matrix, moves to b_2.                        |
 | column d of the second FFN matrix   | Dimension d adds nothing.                                  |
 | for each dimension d of a head, its | The head adds W_O[:, head] @ b_V[head], which moves to     |
-| row of V, its column of W_O or both | b_O. (A column that is zero adds nothing to this.)         |
-| a head's Q or K, but not its V      | The head stays: it is a mean of V over the tokens.         |
+| row of W_V, its column of W_O, both | b_O. (A column that is zero adds nothing to this.)         |
+| a head's W_Q or W_K, but not W_V    | The head stays: it is a mean of its values.                |
 
     heads = compact_attention(query, key, value, output, head_size=64)     # of anybody's model
     dimensions = compact_ffn(first, second, activation)

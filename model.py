@@ -176,7 +176,7 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """Embeddings and layers, which the three models below share; each adds `head_logits`."""
 
-    has_head = True               # False: the checkpoint had no weights for the head (see below)
+    has_head = True                # False: the checkpoint had no weights for the output layers
 
     def __init__(self, config):
         super().__init__()
@@ -236,7 +236,7 @@ class Bert(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "Bert":
         """Open a dense, pruned or compact model, in eval mode; `dtype` is that of its weights.
 
-        A head that the checkpoint lacks starts random: that is said, and `has_head` is False.
+        Output layers that the checkpoint lacks start random: that is said; `has_head` is False.
         Raises ValueError or OSError, naming file and weight, if one is missing or not finite.
         """
         return load_checkpoint(cls, Path(folder)).to(dtype).eval()
@@ -390,7 +390,7 @@ def load_checkpoint(kind, folder):
                          "this") from None
     file, tensors = read_weights(folder)
     tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-    missing = []                                   # parts of the head that the file lacks
+    missing = []                                   # output layers that the file lacks
     for name, module in model.named_children():
         theirs = NAMES.get(name)
         if theirs and not any(other.startswith(theirs) for other in tensors):

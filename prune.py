@@ -15,9 +15,9 @@ Why does this measure usefulness? Call g the gradient dL/dW' of a weight. Gradie
 kept weight along -g, and S along -(sum of g W). So S rises where g and W have opposite signs, which
 is where training pushes weights away from zero, and falls where it pushes them towards zero. Hence
 the name "movement". To first order, sum of g W is also the change of the loss if the block's
-weights W are added to what the layer uses. So the score of a dropped block, whose W no longer
-changes, rises while putting the block back would lower the loss. Once its score is among the best
-again, the block is back, with its old weights.
+weights W are added to what the layer uses. So the score of a dropped block rises while putting the
+block back would lower the loss. Once its score is among the best again, the block is back, with
+weights that hardly changed meanwhile (their gradient was 0).
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -90,7 +90,7 @@ class BlockMask(nn.Module):
         mask = kept + (scores - scores.detach())             # value of kept, gradient of scores
         r, c = self.block
         if self.transposed:
-            mask = mask.T                                      # from here on as this matrix lies
+            mask = mask.T                    # M was made for the transpose: turn it to this matrix
             r, c = c, r
         R, C = mask.shape
         rows, columns = weight.shape
@@ -140,8 +140,8 @@ class BlockGroup:
 
         # Scores are shared where a block is made of whole units: heads (64xall with heads of 64) or
         # FFN dimensions (1xall). A unit is worth nothing if only some of the matrices that write
-        # it, or only the one that reads it, are left. So the n-th matrices of all patterns share
-        # one score for each such block, and its gradient is the sum over all of them.
+        # it, or only the one that reads it, are left. So the n-th match of every pattern (a layer's
+        # query, key, value and output) share their scores, whose gradients are summed over them.
         # Every other block (32x32, or a part of a head) is of use by itself: no sharing.
         r, c = parse_block(block)
         shares_scores = r is not None and c is None and r % unit == 0

@@ -65,7 +65,8 @@ def whole_run(args):
     teacher = None
     if args.distill and args.epochs + args.fill_epochs:
         teacher = Teacher(given_teacher or dense, job)
-    del given_teacher                                # for its memory: what it says is kept
+    del given_teacher                                # its memory: the Teacher has what it needs
+    # From here on `dense` is masked and trained further: it becomes `pruned`.
     pruner = SpeedPruner(job, dense) if args.speedup else DensityPruner(job, dense)
     pruned = train_stage(job, "pruned", dense, args.epochs, pruner, teacher)
     small = compact(pruned)
@@ -93,24 +94,24 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
     total = len(schedule)
     parallel_model = parallel(model)
     for step in job.folder.steps(stage, total, model, optimizer):    # with checkpoints
-        torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))    # dropout's
+        torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
-        # With several processes: this one's windows of the batch, and what its loss counts.
-        indices, share = my_share(job.windows, schedule[step])
+        # With several processes: this one's windows of the batch, and the weight of its loss.
+        indices, loss_factor = my_share(job.windows, schedule[step])
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
             logits = parallel_model(*inputs)
             width = logits.shape[-1]
             teacher_logits = teacher.logits(indices, inputs, width) if teacher else None
         loss, cross_entropy, kl = task_loss(logits, targets, teacher_logits, args.distill)
-        loss = share * loss + penalty
+        loss = loss_factor * loss + penalty
         loss.backward()
         clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        losses = {"loss": loss, "cross_entropy": share * cross_entropy, "kl": share * kl,
-                  "penalty": penalty}
+        losses = {"loss": loss, "cross_entropy": loss_factor * cross_entropy,
+                  "kl": loss_factor * kl, "penalty": penalty}
         densities = pruner.densities() if pruner else {}
         epoch = 1 + step * epochs // total
         job.folder.log_step(stage, step, losses, epoch=epoch, lr=lr, **densities)
@@ -158,8 +159,8 @@ class Teacher:
     def logits(self, indices, inputs, width):
         """The logits (N, K) of the windows of a batch; K becomes the student's `width`.
 
-        A kept row may have been padded more or less than the student's batch: padding is added, or
-        cut off.
+        The teacher read the windows in other batches, so a kept row may have more or less padding
+        than the student's: some is added, or cut off (F.pad cuts where a number is negative).
         """
         if self.frozen_model:
             return self.frozen_model(*inputs)
@@ -280,7 +281,7 @@ class Job:
 
 
 def prepare(args):
-    """Open and check all that comes from outside, then take the folder: job, model, teacher."""
+    """Open and check all that comes from outside, then claim the folder: job, model, teacher."""
     run.start_processes()
     run.note_busy_machine()
     if args.amp:
@@ -307,7 +308,7 @@ def prepare(args):
 
 
 def claim_folder(job, model, train):
-    """Cut the examples into windows, measure the layers for a speed, and take the folder."""
+    """Cut the examples into windows, measure the layers for a speed, and claim the folder."""
     args, task, folder = job.args, job.task, job.folder
     say(f"{args.train or 'generated corpus'}: cutting {len(train):,} examples into windows; "
         f"{len(job.dev):,} examples to evaluate on")

@@ -29,8 +29,8 @@ def open_model(folder, task=None, flags=None):
     """A saved model, its tokenizer and its task, checked against each other.
 
     task   the one that config.json names, unless given
-    flags  may say how to read (max_length, stride, ...); what they leave out, or None, the model
-           remembers from its training
+    flags  may say how to read (max_length, stride, ...); where they don't, or say None, it is as
+           in the model's training
     Raises ValueError or OSError.
     """
     if task is None:

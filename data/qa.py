@@ -43,7 +43,7 @@ class SpanWindow(Window):
     offsets: np.ndarray                      # (tokens of this part of it, 2): characters
 
     def text(self, first, last):
-        """What the context's tokens from first to last stand for, with marks on the last letter."""
+        """The context from token first to last, with the accents that follow its last letter."""
         begin = self.offsets[first, 0]
         end = self.offsets[last, 1]
         for mark in self.context[end:]:
@@ -117,7 +117,8 @@ def best_span(logits, window, longest):
 def predict(model, tokenizer, questions):
     """The best answer to every question, by id; "" where it may be right and [CLS] scores higher.
 
-    "No answer" has the score of [CLS] as first and last token, the lowest of all windows.
+    "No answer" has the score of [CLS] as first and last token, in the window where that is lowest
+    (as in BERT's script for SQuAD v2.0).
     """
     reading = model.config.reading
     windows = make_windows(questions, tokenizer, model.config)

@@ -38,7 +38,7 @@ from model import read_json, read_torch, save_json, whole_file
 STAGES = ("dense", "pruned", "compact", "filled")
 SECONDS_BETWEEN_CHECKPOINTS = 600
 # What may differ where a run goes on; the contents of files are compared, not their paths.
-INFORMATION = ("model", "teacher", "train", "dev", "python", "torch", "tokenizers")
+MAY_DIFFER = ("model", "teacher", "train", "dev", "python", "torch", "tokenizers")
 BAR = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 RANK, WORLD, LOCAL = 0, 1, 0                    # this process, of how many; its number here
@@ -70,7 +70,7 @@ class RunFolder:
         theirs = read_json(self.path / "settings.json")
         different = [f"{name} {theirs.get(name)}, not {value}"
                      for name, value in self.settings.items()
-                     if theirs.get(name) != value and name not in INFORMATION]
+                     if theirs.get(name) != value and name not in MAY_DIFFER]
         finished = (self.path / "summary.json").exists()
         if overwrite and (different or finished):
             return
@@ -83,7 +83,7 @@ class RunFolder:
             self.summary = read_json(self.path / "summary.json")
 
     def begin(self, **state):
-        """Take the folder: go on from its checkpoint, or start anew with `state`."""
+        """Claim the folder: go on from its checkpoint, or start anew with `state`."""
         wait_for_all()                                   # all have looked: the first may write now
         if RANK == 0 and not self.goes_on:
             self.clear()
@@ -163,7 +163,7 @@ class RunFolder:
 
 
 def run_settings(args: dict, train, dev, *models) -> dict:
-    """What settings.json says. A run goes on where all but INFORMATION is the same."""
+    """What settings.json says. A run goes on where all but MAY_DIFFER is the same."""
     settings = {name: args[name] for name in args if name not in ("out", "overwrite", "eval")}
     return settings | {
         "train_data": fingerprint(train),
@@ -193,7 +193,7 @@ def weights_fingerprint(model):
 
 def start_processes():
     if WORLD > 1:
-        distributed.init_process_group(timeout=timedelta(days=1))     # the first evaluates
+        distributed.init_process_group(timeout=timedelta(days=1))    # rank 0 evaluates alone
 
 
 def stop_processes():
@@ -217,8 +217,8 @@ def parallel(model):
 def my_share(windows, batch):
     """This process's part of a batch of window indices, and the factor of its loss.
 
-    The factor is its share of the batch's targets. Since the gradients of all processes are then
-    averaged, it is multiplied by their number: so they are summed. A single process has 1.
+    The factor is its share of the batch's targets, times the number of processes: the gradients
+    are averaged over the processes later, and this makes their average a sum. Alone it is 1.
     """
     counts = [len(windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)

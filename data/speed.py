@@ -23,17 +23,18 @@ def measure_layers(model, batch, seconds):
 
     seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
     The result can be written as JSON:
-    "heads": [[0, ..., H], [what an attention with so many takes]];
-    "ffn": [[0, ..., F], [what an FFN with so many dimensions takes]]; "rest": of a model without
-    both; "dense": of the whole model, predicted from these as that of smaller ones will be.
+    "heads": [[0, ..., H], [how much longer an attention with so many takes than one without]];
+    "ffn": [[0, ..., F], [how much longer an FFN with so many dimensions takes than one without]];
+    "rest": of the model without heads and FFN dimensions;
+    "dense": of the whole model, predicted from these as that of smaller ones will be.
     Noise is flattened: more heads or dimensions never take less time.
     """
     config = model.config
     make_layer = type(model.layers[0])
     ids, attention_mask, types = batch
     heads = [*range(config.num_attention_heads + 1)]
-    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. All but
-    # the first and the last are odd, as most are that pruning leaves: multiples of 16 are faster.
+    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. Most
+    # that it leaves are no multiples of 16, which are faster; so odd widths are measured.
     widths = [config.intermediate_size * i * i // 64 for i in range(9)]
     widths[1:8] = [width + 1 - width % 2 for width in widths[1:8]]
     none = [0] * len(model.layers)
