@@ -398,7 +398,7 @@ def load_checkpoint(kind, folder):
             model.initialise(module.to_empty(device="cpu"))
     state = model.state_dict()
     for ours, tensor in state.items():
-        if tensor.is_meta:
+        if tensor.is_meta:                         # all but what was just initialised
             theirs = hugging_face_name(ours)
             state[ours] = checked_weight(file, theirs, tensors.get(theirs), tensor.shape)
     model.load_state_dict(state, assign=True)

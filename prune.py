@@ -11,13 +11,12 @@ straight-through estimator (STE) therefore pretends that this slope is 1:
     backward     dL/dW    = dL/dW' * expand(M)
                  dL/dS_ij = sum over block ij of dL/dW' * W
 
-Why does this measure usefulness? Call g the gradient dL/dW' of a weight. Gradient descent moves a
-kept weight along -g, and S along -(sum of g W). So S rises where g and W have opposite signs, which
-is where training pushes weights away from zero, and falls where it pushes them towards zero. Hence
-the name "movement". To first order, sum of g W is also the change of the loss if the block's
-weights W are added to what the layer uses. So the score of a dropped block rises while putting the
-block back would lower the loss. Once its score is among the best again, the block is back, with
-weights that hardly changed meanwhile (their gradient was 0).
+Why does this measure usefulness? Call g the gradient dL/dW'. To first order, the sum of g W over a
+block is what having the block adds to the loss, and gradient descent moves S against it. So S rises
+for a block that helps, whether it is kept or dropped. Seen from the weights, which training moves
+along -g: S rises where g and W have opposite signs, so where weights are pushed away from zero, and
+falls where they are pushed towards zero. Hence the name "movement". A dropped block whose score is
+among the best again is back, with weights that hardly changed meanwhile (their gradient was 0).
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -74,7 +73,7 @@ class BlockMask(nn.Module):
         shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
         self.block = (r, c)
         self.transposed = transposed
-        self.schedule_ended = True              # `advance` sets it, and `bake` warns if it is False
+        self.schedule_ended = True              # `advance` sets it; `bake` warns where it is False
         # In a tuple, so that PyTorch doesn't register another mask's scores a second time here.
         self.owner = (owner or self,)
         if owner is None:
@@ -183,7 +182,7 @@ class BlockGroup:
 
     def advance(self, step: int, start: int, end: int, density: float | None = None,
                 lambda_: float | None = None) -> Tensor | float:
-        """Set M for this step, on the way from all blocks at `start` to the last ones at `end`.
+        """Set M for this step, on the way from all blocks at `start` to the final share at `end`.
 
         density  the fraction of blocks that movement and magnitude pruning end with
         lambda_  the final weight of soft movement's penalty
@@ -252,7 +251,7 @@ def best(scores, k):
 def cubic(step, start, end, first, last):
     """v(t) = v_end + (v_0 - v_end) * (1 - (t - t0) / (t1 - t0))^3, with t0 = start and t1 = end.
 
-    The fraction of blocks kept falls so from 1 to its target; tau and lambda rise so from 0.
+    In this way the fraction of blocks kept falls from 1 to its target; tau and lambda rise from 0.
     """
     if step < start:
         return first

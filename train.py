@@ -178,7 +178,7 @@ def set_dropout(model, dropout):
 
 
 def set_learning_rate(optimizer, peak, step, total):
-    """Up over a tenth of the steps, then down, to 0 after the last; the scores' rate stays."""
+    """A warm-up of its own, over a tenth of the steps, then down to 0; the scores' rate stays."""
     warm = max(1, total // 10)
     lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
     for group in optimizer.param_groups[:2]:
@@ -231,9 +231,9 @@ class SpeedPruner(DensityPruner):
         v <- min(1, v * (limit / t(now)) ** 0.5)
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
-    stays there, while v is still corrected. Some hundred corrections in a run are enough; with the
-    exponent 1, v would oscillate. A checkpoint holds v ("share") and the times of layers that t is
-    computed from (see data/speed.py).
+    stays there, while v is still corrected. About a hundred corrections in a run are enough; with
+    the exponent 1, v would oscillate. A checkpoint holds v ("share") and the times of layers that
+    t is computed from (see data/speed.py).
     """
 
     def update(self, step, total):

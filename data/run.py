@@ -12,8 +12,8 @@ The folder that `--out` names holds
 
 A run that goes on ends with the same bits on a CPU (with the same number of threads), because every
 step begins from what a checkpoint holds (weights, scores, masks, AdamW's state, the number of the
-step and, for a speed, the measured times and the share of blocks) and from random numbers that
-depend on the seed and on the step alone.
+step and, for a speed, the measured times and the share of blocks), and because the order of the
+windows is computed again from the seed, and random numbers are seeded anew at every step.
 """
 import json
 import os
@@ -92,9 +92,12 @@ class RunFolder:
             self.write_checkpoint()
         wait_for_all()
         self.state = read_torch(self.checkpoint)
+        if self.goes_on:
+            finished = ", ".join(self.state["scores"]) or "none"
+            say(f"{self.path}: going on with this run; finished stages: {finished}")
         if RANK == 0:
             self.log_file = open(self.path / "log.jsonl", "a", buffering=1)    # line by line
-            self.log_file.truncate(self.state["log_bytes"])      # other steps will be done again
+            self.log_file.truncate(self.state["log_bytes"])      # later steps are done again
 
     def clear(self):
         """Remove an older run. The checkpoint goes first, so that nobody goes on with a part."""
