@@ -101,13 +101,13 @@ def parse(parser, argv):
     parser.error = refuse
     args = parser.parse_args(argv)
     if "" in vars(args).values():
-        refuse("an argument is empty; give a path or leave it out")
+        refuse("an argument is empty; fill it or leave it out")
     return args
 
 
 def parse_train(argv, description, methods):
     """The flags of train.py, complete and checked. Raises ValueError."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add_data_flags(parser)
     add_pruning_flags(parser, methods)
     add_training_flags(parser)
@@ -128,7 +128,7 @@ def parse_train(argv, description, methods):
 
 def parse_compact(argv, description):
     """The flags of compact.py. Raises ValueError."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("model", help="folder of a saved model")
     one = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -146,7 +146,7 @@ def parse_compact(argv, description):
 def check(args):
     """Settings of a run that make no sense, alone or together, raise ValueError."""
     if bool(args.train) != bool(args.dev) or not args.model:
-        raise ValueError("--train and --dev go together, with a --model; see data/download.py")
+        raise ValueError("--train and --dev need each other and --model: give all three")
     for path in filter(None, (args.model, args.teacher, args.train, args.dev)):
         for name in STAGES:
             if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
