@@ -5,10 +5,6 @@
     python data/download.py --glue SST-2          # data/SST-2/train.tsv and dev.tsv
 
 A file gets its name when it is whole. What is there already is not downloaded again.
-
-README's results are of articles of SQuAD v1.1's development set. dev.json: Amazon_rainforest,
-Harvard_University, Nikola_Tesla, Scottish_Parliament, Warsaw; train.json (8,341 questions): the
-others but Doctor_Who, Geology, Kenya, Packet_switching, Steam_engine.
 """
 import argparse
 import shutil
