@@ -186,7 +186,8 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
 def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
-    # 32 MB, freed at once: from then on glibc keeps freed memory, and no call waits for new pages.
+    # Without this, the C library would give freed memory back to the system, and every call would
+    # wait for new pages. It stops doing so once a block of this size (32 MB) has been freed.
     torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()
@@ -266,7 +267,6 @@ def delete_or_compare(args):
         small = open_comparable(args.compare, model, tokenizer)
     else:
         small = compact(model)
-        print(pictures.layer_table(model.config, small.config))
         print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}\n")
     models = [(args.model, model), (args.compare or args.target, small)]
     if args.bfloat16:

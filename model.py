@@ -404,7 +404,7 @@ def load_checkpoint(kind, folder):
     model.load_state_dict(state, assign=True)
     model.has_head = not missing
     if missing:
-        print(f"{file}: no output layer {', '.join(missing)}; it starts random", file=sys.stderr)
+        print(f"{file}: no weights for {', '.join(missing)}: random at the start", file=sys.stderr)
     return model
 
 

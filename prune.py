@@ -12,11 +12,12 @@ straight-through estimator (STE) therefore pretends that this slope is 1:
                  dL/dS_ij = sum over block ij of dL/dW' * W
 
 Why does this measure usefulness? Call g the gradient dL/dW'. To first order, the sum of g W over a
-block is what having the block adds to the loss, and gradient descent moves S against it. So S rises
-for a block that helps, whether it is kept or dropped. Seen from the weights, which training moves
-along -g: S rises where g and W have opposite signs, so where weights are pushed away from zero, and
-falls where they are pushed towards zero. Hence the name "movement". A dropped block whose score is
-among the best again is back, with weights that hardly changed meanwhile (their gradient was 0).
+block is what having the block adds to the loss. This sum is also dL/dS, and gradient descent moves
+S against it. So S rises for a block that lowers the loss, whether it is kept or dropped. Seen from
+the weights, which training moves along -g: S rises where g and W have opposite signs, so where
+weights are pushed away from zero, and falls where they are pushed towards zero. Hence the name
+"movement". A dropped block whose score is among the best again is back, with weights that hardly
+changed meanwhile (their gradient was 0).
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -315,7 +316,7 @@ def find_linears(model, pattern):
     linears = [module for module in matches if isinstance(module, nn.Linear)]
     if not linears:
         kinds = {type(module).__name__ for module in matches}
-        raise ValueError(f"{pattern!r} names no nn.Linear, but {kinds or 'nothing'}")
+        raise ValueError(f"{pattern!r} matches no nn.Linear, but {kinds or 'nothing at all'}")
     return [linear for linear in linears if linear.in_features * linear.out_features]
 
 

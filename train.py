@@ -5,8 +5,7 @@ tells: dense fine-tuning; fine-pruning with the dense model as teacher, after wh
 made permanent; deletion; and, on request, filling. The loop of all stages follows it.
 
     python train.py --block 32x32                                    # offline, a minute or two
-    python train.py --block 32x32 --model data/bert-base-uncased \\
-        --train data/train-v1.1.json --dev data/dev-v1.1.json
+    python train.py --block 32x32 --model FOLDER --train train.json --dev dev.json
     python train.py --block 32x32 --speedup 2.5                      # 2.5 times as fast
     python train.py --eval out/compact --dev data/dev-v1.1.json      # scores of a saved model
     summary = train.main(["--block", "32x32"])                       # in a script or a notebook
@@ -379,11 +378,10 @@ def report(job, pruned, small, difference):
         "speedup": speed,
         "speedup_quartiles": quartiles,
     }
-    before, after = pruned.config, small.config
-    (folder.path / "layers.svg").write_text(pictures.layers_svg(before, after))
+    picture = pictures.layers_svg(pruned.config, small.config)
+    (folder.path / "layers.svg").write_text(picture)
     save_json(folder.path / "summary.json", summary)
-    say(f"\n{pictures.layer_table(before, after)}\n\n{pictures.report(summary)}\n"
-        f"models, predictions, log and picture: {folder.path}")
+    say(f"\n{pictures.report(summary)}\nmodels, predictions, log and picture: {folder.path}")
     return summary
 
 

@@ -11,21 +11,6 @@ def table(rows):
     return "\n".join(lines)
 
 
-def layer_table(before, after):
-    """What is left of every layer, from the configurations before and after deletion."""
-    rows = [("layer", "heads", "FFN dimensions")]
-    for i, (heads, dimensions) in enumerate(remaining(before, after)):
-        rows.append((i, "{} of {}".format(*heads), "{} of {}".format(*dimensions)))
-    return table(rows)
-
-
-def remaining(before, after):
-    """For every layer: heads that are left, and of how many; the same of FFN dimensions."""
-    heads = zip(after.heads_per_layer, before.heads_per_layer)
-    dimensions = zip(after.ffn_per_layer, before.ffn_per_layer)
-    return zip(heads, dimensions)
-
-
 def closing_table(summary):
     """One row per stage. Pruning leaves the dense shapes, and so the dense speed: 1.00x."""
     names = list(summary["dense"])[:2]                                  # of the scores
@@ -76,16 +61,21 @@ def bar(kept, total, x, y):
 
 
 def layers_svg(before, after):
-    """layer_table as a picture: two bars per layer, for its heads and for its FFN dimensions."""
+    """What is left of every layer: two bars, for its heads and for its FFN dimensions.
+
+    before, after: the model's configurations before and after deletion.
+    """
     height = 30 + 22 * len(before.heads_per_layer)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" fill="{GREY}" '
              'font-family="sans-serif" font-size="13">',
              f'<rect width="680" height="{height}" fill="#ffffff"/>',
              '<text x="70" y="16">heads that are left</text>',
              '<text x="370" y="16">FFN dimensions that are left</text>']
-    for i, (heads, dimensions) in enumerate(remaining(before, after)):
+    heads = zip(after.heads_per_layer, before.heads_per_layer)
+    dimensions = zip(after.ffn_per_layer, before.ffn_per_layer)
+    for i, (heads_left, dimensions_left) in enumerate(zip(heads, dimensions)):
         y = 26 + 22 * i
         parts.append(f'<text x="0" y="{y + 12}">layer {i}</text>')
-        parts.append(bar(*heads, 70, y))
-        parts.append(bar(*dimensions, 370, y))
+        parts.append(bar(*heads_left, 70, y))
+        parts.append(bar(*dimensions_left, 370, y))
     return "\n".join([*parts, "</svg>\n"])

@@ -38,7 +38,7 @@ from model import read_json, read_torch, save_json, whole_file
 STAGES = ("dense", "pruned", "compact", "filled")
 SECONDS_BETWEEN_CHECKPOINTS = 600
 # What may differ where a run goes on; the contents of files are compared, not their paths.
-MAY_DIFFER = ("model", "teacher", "train", "dev", "python", "torch", "tokenizers")
+MAY_DIFFER = ("model", "teacher", "train", "dev", "threads", "python", "torch", "tokenizers")
 BAR = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 RANK, WORLD, LOCAL = 0, 1, 0                    # this process, of how many; its number here
@@ -174,6 +174,7 @@ def run_settings(args: dict, train, dev, *models) -> dict:
         "weights": [weights_fingerprint(model) for model in models if model],
         "device": DEVICE.type if DEVICE.type == "cpu" else torch.cuda.get_device_name(),
         "processes": WORLD,
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tokenizers": tokenizers.__version__,
@@ -283,7 +284,8 @@ def one_line_errors():
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped; the same command resumes a run from its last checkpoint", status=130)
+        fail("stopped; the same command resumes a run from its last checkpoint (one is written at "
+             "every stage's end, and every ten minutes)", status=130)
     except OSError as error:
         if error.strerror is None:
             fail(str(error))
