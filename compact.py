@@ -13,8 +13,8 @@ adds only a constant, or nothing.
 | row d of the first FFN matrix       | Dimension d is activation(b_1[d]). That, times its column  |
 |                                     | of the second matrix, moves to b_2.                        |
 | column d of the second FFN matrix   | Dimension d adds nothing.                                  |
-| for each dimension d of a head, its | The head adds W_O[:, head] @ b_V[head], which moves to     |
-| row of W_V, its column of W_O, both | b_O. (A column that is zero adds nothing to this.)         |
+| for each dimension d of a head, row | The head adds W_O[:, head] @ b_V[head], which moves to     |
+| d of W_V, or column d of W_O        | b_O. (A column that is zero adds nothing to this.)         |
 | a head's W_Q or W_K, but not W_V    | The head stays: it is a mean of its values.                |
 
     heads = compact_attention(query, key, value, output, head_size=64)     # of anybody's model
@@ -23,7 +23,6 @@ adds only a constant, or nothing.
     small = compact(pruned)                                                # of this project's
 
     python compact.py out/pruned out/small                 # delete, prove, measure
-    python compact.py out/pruned out/small --bfloat16      # and store weights of 16 bits
     python compact.py out/filled --expand out/bert         # back to the dense shapes, with zeros
     python compact.py out/dense --compare out/filled       # scores, size and speed of both
     python compact.py out/compact --ask "Who ...?" --context FILE
@@ -111,7 +110,7 @@ def delete(keep, writers, reader, constants=None):
 
 
 def fold_into_bias(linear, columns, constants):
-    """Add to the bias what inputs that are `constants` would add: W[:, columns] @ constants."""
+    """Add to the bias what these columns add when they read `constants`."""
     added = linear.weight[:, columns].double() @ constants.double()
     if not added.any():
         return
@@ -238,18 +237,15 @@ def main(argv=None):
     from data import options, run
     run.said.clear()
     args = options.parse_compact(argv, __doc__.splitlines()[0])
-    if args.bfloat16:
-        run.note_slow_bfloat16()
-    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     if args.expand:
         task = data.task_of(args.model)
-        dense = expand(task.MODEL.from_pretrained(args.model, dtype))
+        dense = expand(task.MODEL.from_pretrained(args.model))
         data.save_model(dense, args.expand, args.model)
         print(f"{args.expand}: a {dense.ARCHITECTURE} in the dense shapes, as transformers opens")
     elif args.ask:
         model, tokenizer, task = data.open_model(args.model)
         example = task.example(args.ask, args.context)
-        print(task.predict(model.to(dtype), tokenizer, [example])["--ask"])
+        print(task.predict(model, tokenizer, [example])["--ask"])
     else:
         delete_or_compare(args)
 
@@ -268,14 +264,10 @@ def delete_or_compare(args):
     else:
         small = compact(model)
         print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}\n")
-    models = [(args.model, model), (args.compare or args.target, small)]
-    if args.bfloat16:
-        small = copy.deepcopy(small).bfloat16()
-        models.append(("in bfloat16", small))
     if args.target:
         data.save_model(small, args.target, args.model)
     rows = [("model", task.HEADLINE, "parameters", "heads", "FFN dim.", "ms", "speed", "quartiles")]
-    for name, other in models:
+    for name, other in ((args.model, model), (args.compare or args.target, small)):
         score = "-"
         if args.dev:
             scores = task.score(task.predict(other, tokenizer, examples), examples)

@@ -7,14 +7,13 @@ that is what block pruning leaves.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids).unbind(1)   # logits, (B, T) each
-    model.save_pretrained("out/mine")                                        # transformers opens it
+    model.save_pretrained("out/mine")                     # transformers opens it, if it is as dense
 
 Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswani et al., Attention
 Is All You Need, 2017 (arXiv 1706.03762), section 3.2; Dong et al., UniLM, 2019 (arXiv 1905.03197),
 section 2.3, for generation.
 
-Shapes in comments: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions,
-V words of the vocabulary.
+Shapes: B batch, T tokens, C hidden size, H heads, D head size, F FFN dimensions, V vocabulary.
 """
 import json
 import os
@@ -33,11 +32,7 @@ from torch import Tensor, nn
 # A layer that lost all its heads has matrices without any element; PyTorch warns about those.
 warnings.filterwarnings("ignore", message="Initializing zero-element")
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 @dataclass
@@ -77,8 +72,6 @@ class BertConfig:
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.num_attention_heads} heads don't fit {self.hidden_size}")
         if not 0 < self.num_hidden_layers <= 1000:
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; BERT-base has 12")
         self.head_size = self.hidden_size // self.num_attention_heads                   # D
@@ -233,13 +226,13 @@ class Bert(nn.Module):
                 nn.init.constant_(parameter, name.endswith("norm.weight"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "Bert":
-        """Open a dense, pruned or compact model, in eval mode; `dtype` is that of its weights.
+    def from_pretrained(cls, folder: str | Path) -> "Bert":
+        """Open a dense, pruned or compact model, in float32 and eval mode.
 
         Output layers that the checkpoint lacks start random: that is said; `has_head` is False.
         Raises ValueError or OSError, naming file and weight, if one is missing or not finite.
         """
-        return load_checkpoint(cls, Path(folder)).to(dtype).eval()
+        return load_checkpoint(cls, Path(folder)).eval()
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors in Hugging Face's layout and names."""
@@ -359,10 +352,13 @@ NAMES = {
 SUPPORTED = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
+    "type_vocab_size": 2,
     "is_decoder": False,
     "tie_word_embeddings": True,
     "pruned_heads": {},
+    "problem_type": "single_label_classification",
 }
+OF_NO_USE = r"cls\.|bert\.pooler\.|.*position_ids$"        # heads of pre-training, a constant
 
 
 def hugging_face_name(ours):
@@ -375,6 +371,7 @@ def hugging_face_name(ours):
 def canonical_name(theirs):
     """Old and short spellings of a Hugging Face name -> the one in the table above."""
     name = theirs.replace(".gamma", ".weight").replace(".beta", ".bias")
+    name = re.sub(r"^((module|model|base_model|_orig_mod)\.)+", "", name)     # what wrappers add
     return re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\g<0>", name)
 
 
@@ -382,14 +379,14 @@ def load_checkpoint(kind, folder):
     """A model of class `kind` with the weights of a folder; see `Bert.from_pretrained`."""
     path = folder / "config.json"
     values = read_json(path)
-    try:
-        with torch.device("meta"):                 # only shapes: no memory is taken until checked
-            model = kind(config_from_json(values))
-    except Exception as error:                     # nonsense raises anything
-        raise ValueError(f"{path}: {type(error).__name__}: {error}; no model can be made of "
-                         "this") from None
     file, tensors = read_weights(folder)
     tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    rows = len(tensors.get("classifier.weight", ()))     # one for each label
+    try:
+        with torch.device("meta"):                 # only shapes: no memory is taken until checked
+            model = kind(config_from_json(values, rows))
+    except Exception as error:                     # nonsense raises anything
+        raise ValueError(f"{path}: no model can be made of this: {error!r}") from None
     missing = []                                   # output layers that the file lacks
     for name, module in model.named_children():
         theirs = NAMES.get(name)
@@ -397,6 +394,7 @@ def load_checkpoint(kind, folder):
             missing.append(theirs)
             model.initialise(module.to_empty(device="cpu"))
     state = model.state_dict()
+    check_unread(file, tensors.keys() - {*map(hugging_face_name, state)})
     for ours, tensor in state.items():
         if tensor.is_meta:                         # all but what was just initialised
             theirs = hugging_face_name(ours)
@@ -408,17 +406,15 @@ def load_checkpoint(kind, folder):
     return model
 
 
-def config_from_json(values):
+def config_from_json(values, rows):
     """The BertConfig that config.json describes. Raises whatever error bad values cause."""
     for name, only in SUPPORTED.items():
         if values.get(name) not in (None, only):
             raise ValueError(f"{name} {values[name]} is not supported, only {only}")
     known = {entry.name: values[entry.name] for entry in fields(BertConfig) if entry.name in values}
-    id2label = values.get("id2label") or {}
+    id2label = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(rows)}
     known["labels"] = [str(id2label[str(i)]) for i in range(len(id2label))]
-    known["reading"] = reading = Reading()
-    for name, value in values.get("reading", {}).items():
-        setattr(reading, name, type(getattr(reading, name))(value))
+    known["reading"] = reading = Reading(**values.get("reading", {}))
     config = BertConfig(**known)
     reading.max_length = min(reading.max_length, config.max_position_embeddings)
     return config
@@ -459,13 +455,21 @@ def save_json(path, value):
 
 def read_weights(folder):
     """model.safetensors, else pytorch_model.bin: the path, and tensors by name."""
-    path = folder / "model.safetensors"
-    if path.exists():
-        return path, read_safetensors(path)
-    path = folder / "pytorch_model.bin"
-    if not path.exists():
-        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; is it all there?")
-    return path, read_torch(path)
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        if (folder / name).exists():
+            return folder / name, read(folder / name)
+    raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; weights in several "
+                     "files are not read: save them as one")
+
+
+def check_unread(file, names):
+    """Name the weights that have no place in the model. Raises ValueError for parts of layers."""
+    unread = [name for name in sorted(names) if not re.match(OF_NO_USE, name)]
+    if any(name.startswith("bert.") for name in unread):
+        raise ValueError(f"{file}: {unread[-1]} has no place in the layers that config.json says; "
+                         "before saving, merge adapters and bake masks")
+    if unread:
+        print(f"{file}: not read: {', '.join(unread[:5])}", file=sys.stderr)
 
 
 def checked_weight(file, name, tensor, shape):
@@ -500,33 +504,28 @@ def read_safetensors(path):
     Raises ValueError, naming the file, unless all is as the format says.
     """
     tensors = {}
-    position = 0                                                   # after the header
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = os.path.getsize(path) - 8 - length                  # of all tensors
-        if size < 0 or length > 1_000_000:                         # the header of 10,000 tensors
-            raise ValueError(f"{path}: too short for its header of {length} bytes; get it again")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                begin, end = entry["data_offsets"]
-                if begin != position or not begin <= end <= size:
-                    raise ValueError(f"{name!r} is cut off, or preceded by a gap")
-                position = end
-                raw = torch.empty(end - begin, dtype=torch.uint8)
-                file.readinto(raw.numpy())
-                if entry["dtype"] not in DTYPES:
-                    tensors[name] = entry["dtype"]
-                    continue
-                tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-                if list(tensors[name].shape) != entry["shape"]:
-                    raise ValueError(f"{name!r} has no such shape")
-        except Exception as error:
-            raise ValueError(f"{path}: cut, or no safetensors file ({type(error).__name__}: "
-                             f"{str(error)[:200]}); get it again") from None
-    if position != size:
-        raise ValueError(f"{path}: {size - position} bytes too many; get it again")
+    position = 0                                                   # in the bytes of all tensors
+    try:
+        file = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+        length = int.from_bytes(file[:8].numpy(), "little")
+        header = json.loads(file[8:8 + length].numpy().tobytes())
+        content = file[8 + length:]
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if begin != position:
+                raise ValueError(f"{name!r} overlaps, or leaves a gap")
+            position = end
+            if entry["dtype"] not in DTYPES:
+                tensors[name] = entry["dtype"]
+                continue
+            raw = content[begin:end].clone()
+            tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        if position != len(content):
+            raise ValueError(f"{len(content) - position} bytes too many")
+    except Exception as error:
+        raise ValueError(f"{path}: cut, or no safetensors file ({type(error).__name__}: "
+                         f"{str(error)[:200]}); get it again") from None
     return tensors
 
 

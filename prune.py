@@ -59,8 +59,9 @@ class BlockMask(nn.Module):
     def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
-        transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix): its
-                    transpose is cut and scored, so that its blocks are c x r
+        transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix): its blocks
+                    are c x r, and all (R, C) are those of its transpose, in which a column that
+                    reads is a row, like the one that writes
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -75,7 +76,8 @@ class BlockMask(nn.Module):
         self.block = (r, c)
         self.transposed = transposed
         self.schedule_ended = True              # `advance` sets it; `bake` warns where it is False
-        # In a tuple, so that PyTorch doesn't register another mask's scores a second time here.
+        # In a tuple: a module that is an attribute would be registered, and its scores with it, so
+        # that they would be saved and trained once more for every mask that shares them.
         self.owner = (owner or self,)
         if owner is None:
             ones = torch.ones(shape, dtype=torch.float32, device=weight.device)
@@ -140,8 +142,9 @@ class BlockGroup:
 
         # Scores are shared where a block is made of whole units: heads (64xall with heads of 64) or
         # FFN dimensions (1xall). A unit is worth nothing if only some of the matrices that write
-        # it, or only the one that reads it, are left. So the n-th match of every pattern (a layer's
-        # query, key, value and output) share their scores, whose gradients are summed over them.
+        # it, or only the one that reads it, are left. So the n-th match of every pattern, in the
+        # model's order (a layer's query, key, value and output), share their scores, whose
+        # gradients are summed over them.
         # Every other block (32x32, or a part of a head) is of use by itself: no sharing.
         r, c = parse_block(block)
         shares_scores = r is not None and c is None and r % unit == 0
@@ -264,8 +267,9 @@ def cubic(step, start, end, first, last):
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate.
 
-    With twice the rate, AdamW makes every score twice as large, which leaves their order as it is.
-    So the scores' rate matters for soft movement only, which compares them with a threshold.
+    AdamW's steps have the size of the rate, whatever that of the gradients. So with twice the rate
+    all scores become twice as large, and their order stays: the scores' rate matters only for soft
+    movement, which compares them with a threshold.
     """
     matrices, vectors, scores = [], [], []
     for name, parameter in model.named_parameters():
@@ -289,12 +293,8 @@ def bake(model: nn.Module) -> float:
     Returns the density reached: the fraction of the masked weights that is not zero; 1 without any.
     """
     kept = total = 0
-    for linear in model.modules():
-        if not parametrize.is_parametrized(linear, "weight"):
-            continue
+    for linear in filter(is_masked, model.modules()):
         masked = linear.parametrizations.weight
-        if not isinstance(masked[0], BlockMask):
-            continue
         if not masked[0].owner[0].schedule_ended:
             warnings.warn("the masks are baked before the `end` of their schedule, so more blocks "
                           "stay than you asked for; let `end` come before the last step",
@@ -303,11 +303,17 @@ def bake(model: nn.Module) -> float:
         weight.copy_(linear.weight)
         kept += int(weight.count_nonzero())
         total += weight.numel()
-        # By hand: remove_parametrizations takes `weight` from a class that deep copies share.
+        # By hand: remove_parametrizations would delete the property `weight` of the layer's class,
+        # and a deep copy of the layer has the same class.
         linear.__class__ = parametrize.type_before_parametrizations(linear)
         del linear.parametrizations
         linear.weight = weight
     return kept / total if total else 1.0
+
+
+def is_masked(module):
+    return (parametrize.is_parametrized(module, "weight")
+            and isinstance(module.parametrizations.weight[0], BlockMask))
 
 
 def find_linears(model, pattern):
@@ -321,10 +327,13 @@ def find_linears(model, pattern):
 
 
 def check_free(model, linears):
-    """Raises ValueError for a layer that has a mask, or whose weight another module uses, too."""
+    """Raises ValueError for a layer that can take no mask, before any other has got one."""
     for linear in linears:
-        if parametrize.is_parametrized(linear) or linears.count(linear) > 1:
+        if is_masked(linear) or linears.count(linear) > 1:
             raise ValueError("a layer is masked twice; let one pattern match it")
+        if not isinstance(linear.weight, nn.Parameter):
+            raise ValueError(f"the weight of {linear} is computed from others (by weight_norm, "
+                             "LoRA or torch.nn.utils.prune?); make that permanent first")
         names = [name for name, weight in model.named_parameters(remove_duplicate=False)
                  if weight is linear.weight]
         if len(names) > 1:

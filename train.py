@@ -64,7 +64,7 @@ def whole_run(args):
     teacher = None
     if args.distill and args.epochs + args.fill_epochs:
         teacher = Teacher(given_teacher or dense, job)
-    del given_teacher                                # its memory: the Teacher has what it needs
+    del given_teacher                  # and free its memory: a Teacher holds logits, or a copy
     # From here on `dense` is masked and trained further: it becomes `pruned`.
     pruner = SpeedPruner(job, dense) if args.speedup else DensityPruner(job, dense)
     pruned = train_stage(job, "pruned", dense, args.epochs, pruner, teacher)
@@ -122,7 +122,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
 def task_loss(logits, targets, teacher_logits, a):
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
-    logits          (..., K): a row for every target, in the targets' order
+    logits          (..., K): a row for every target, in the order of `collate`
     targets         (N,)
     teacher_logits  (N, K): row by row those of the same windows and targets; None: no teacher, and
                     the loss is the cross-entropy alone
@@ -209,7 +209,10 @@ class DensityPruner:
         self.groups = add_masks(model, job.args)
 
     def update(self, step, total):
-        """Set the masks of this step; returns what is to be added to the loss."""
+        """Set the masks of this step; returns what is to be added to the loss.
+
+        Each of the two groups has its own weight lambda of soft movement's penalty.
+        """
         start, end = pruning_steps(self.args, total)
         return sum(group.advance(step, start, end, self.args.density, lambda_)
                    for group, lambda_ in zip(self.groups, self.args.lambdas))
@@ -280,7 +283,7 @@ class Job:
 
 
 def prepare(args):
-    """Open and check all that comes from outside, then claim the folder: job, model, teacher."""
+    """Open and check all that comes from outside, then begin in the folder: job, model, teacher."""
     run.start_processes()
     run.note_busy_machine()
     if args.amp:
@@ -289,6 +292,7 @@ def prepare(args):
     task = TASKS[args.task]
     train = data.read_examples(task, args.train, "train", args.columns)
     dev = data.read_examples(task, args.dev, "dev", args.columns)
+    task.score({}, dev)                                # raises where there is nothing to score by
     model, tokenizer, _ = data.open_model(args.model, task, args)
     task.prepare_model(model, train)
     model.to(DEVICE)
@@ -302,12 +306,12 @@ def prepare(args):
     settings = run.run_settings(flags, train, dev, model, teacher)
     job = Job(args, task, tokenizer, dev, RunFolder(args.out, settings, args.overwrite))
     if not job.folder.summary:
-        claim_folder(job, model, train)
+        begin_in_folder(job, model, train)
     return job, model, teacher
 
 
-def claim_folder(job, model, train):
-    """Cut the examples into windows, measure the layers for a speed, and claim the folder."""
+def begin_in_folder(job, model, train):
+    """Cut the examples into windows, measure the layers for a speed, and begin in the folder."""
     args, task, folder = job.args, job.task, job.folder
     say(f"{args.train or 'generated corpus'}: cutting {len(train):,} examples into windows; "
         f"{len(job.dev):,} examples to evaluate on")
@@ -330,16 +334,21 @@ def open_teacher(args, task, model, tokenizer, train):
 
     Without --teacher it will be the dense model, if that can learn its task first.
     """
-    teacher = None
-    can_teach = args.dense_epochs > 0 or (model.has_head and not args.layers)
+    teacher, name = None, args.model
+    knows_the_task = model.has_head and not args.layers
+    faults = {"has not learnt the task": not knows_the_task and args.dense_epochs == 0}
     if args.teacher:
-        teacher, other, _ = data.open_model(args.teacher, task, model.config.reading)
-        same_tokens = other.get_vocab() == tokenizer.get_vocab()
-        can_teach = same_tokens and teacher.has_head and task.targets_agree(teacher, model, train)
-    if args.distill and not can_teach:
-        raise ValueError(f"{args.teacher or args.model}: cannot teach, without output layer, with "
-                         "part of its layers, with other tokens or labels; give --dense-epochs, "
-                         "another --teacher or --distill 0")
+        name = args.teacher
+        teacher, other, _ = data.open_model(name, task, model.config.reading)
+        faults = {
+            "has not learnt the task": not teacher.has_head,
+            "has other tokens": other.get_vocab() != tokenizer.get_vocab(),
+            "has other labels, or in another order": not task.targets_agree(teacher, model, train),
+        }
+    for fault, applies in faults.items():
+        if applies and args.distill:
+            raise ValueError(f"{name}: cannot teach, as it {fault}; give --dense-epochs, another "
+                             "--teacher or --distill 0")
     return teacher
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from data import classification, generation, qa
 from data.run import DEVICE, note
 from data.text import collate, copy_tokenizer, load_tokenizer, split
-from model import read_json
+from model import read_json, save_json
 
 TASKS = {"qa": qa, "classification": classification, "generation": generation}
 
@@ -48,8 +48,6 @@ def open_model(folder, task=None, flags=None):
     if config.reading.max_length > config.max_position_embeddings:
         raise ValueError(f"{folder}: the model reads {config.max_position_embeddings} tokens at "
                          f"most; lower --max-length {config.reading.max_length}")
-    if config.type_vocab_size < 2:
-        raise ValueError(f"{folder}: type_vocab_size is 1, so it can't tell two segments apart")
     return model.to(DEVICE), tokenizer, task
 
 
@@ -96,17 +94,26 @@ def read_predictions(path, examples):
 
 
 def evaluate(args):
-    """--eval: scores of a saved model's folder, or of a predictions.json."""
+    """--eval: scores of a saved model's folder, or of a predictions.json.
+
+    With --predict, write the model's predictions instead; the examples may lack labels or answers.
+    """
     task = TASKS.get(args.task)
-    if not Path(args.eval).is_dir():
-        task = task or qa
-        examples = read_examples(task, args.dev, "dev", args.columns)
-        return task.score(read_predictions(args.eval, examples), examples)
-    model, tokenizer, task = open_model(args.eval, task, args)
-    if not model.has_head:
-        raise ValueError(f"{args.eval}: has not learnt this task; give another --task")
+    is_model = Path(args.eval).is_dir()
+    if is_model:
+        model, tokenizer, task = open_model(args.eval, task, args)
+        if not model.has_head:
+            raise ValueError(f"{args.eval}: has not learnt this task; give another --task")
+    task = task or qa
     examples = read_examples(task, args.dev, "dev", args.columns)
-    return task.score(task.predict(model, tokenizer, examples), examples)
+    if is_model:
+        predictions = task.predict(model, tokenizer, examples)
+    else:
+        predictions = read_predictions(args.eval, examples)
+    if args.predict:
+        save_json(args.predict, predictions)
+        return {"predictions": len(predictions)}
+    return task.score(predictions, examples)
 
 
 def sample_inputs(windows):

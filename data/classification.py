@@ -4,11 +4,15 @@
     a fine film<TAB>1                  -> [CLS] a fine film [SEP]
     sentence1<TAB>sentence2<TAB>label  -> [CLS] the first [SEP] the second [SEP]
 
+One idea: a label is a place among the model's labels, however a file spells it.
+
 A header names the columns. There is no quoting: a " is a character. Labels are whatever stands
 there; a model that learns them keeps them, sorted, so that what it saves explains itself.
 
 Source: Wang et al., GLUE, 2018 (arXiv 1804.07461), section 3 and its files.
 """
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +32,7 @@ COLUMNS = [                                  # one or two texts, and the label
     "#1 String,#2 String,Quality",                      # MRPC
     "question1,question2,is_duplicate",                 # QQP
     "sentence1,sentence2,label",                        # RTE
-    "sentence1,sentence2,gold_label"                    # MNLI, without rows of the label "-"
+    "sentence1,sentence2,gold_label"                    # MNLI; rows with the label "-" are left out
 ]
 
 
@@ -43,31 +47,55 @@ class Sentence:
 def read(path, train=False, columns=None):
     """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
 
+    Without a column of labels it can only be predicted: then all labels are None.
     Raises ValueError, naming file and line, or OSError.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r", "")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); convert it") from None
-    header, *lines = (line.split("\t") for line in text.rstrip("\n").split("\n"))
+    header, *rows = (line.rstrip("\r").split("\t") for line in text.rstrip("\r\n").split("\n"))
+    names = find_columns(header, columns, train, path)
+    sentences, broken = [], []
+    for i, row in enumerate(rows):
+        cells = dict(zip(header, map(str.strip, row)))
+        *texts, label = map(cells.get, names)
+        if len(row) != len(header) or not all(texts) or names[-1] and not label:
+            broken.append(f"line {i + 2}, {str(row)[:60]}")
+        sentences.append(Sentence(str(i), texts, label, f"{path}: line {i + 2}"))
+    if broken or not sentences:
+        raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} lack a cell or have an empty "
+                         f"one: {'; '.join(broken[:5])}; mend or remove them")
+    return with_labels(sentences, path)
+
+
+def find_columns(header, columns, train, path):
+    """The columns to read: one or two texts, then the label (None if there is none)."""
     known = [columns] if columns else COLUMNS
-    found = [names.split(",") for names in known if set(names.split(",")) <= set(header)]
-    if not found or len(found[0]) not in (2, 3):
-        raise ValueError(f"{path}: line 1: the columns are {header}, not {' or '.join(known)}; "
-                         "give --columns TEXT,LABEL or TEXT,TEXT2,LABEL as the header has them, "
-                         "with tabs between")
-    sentences = []
-    for row, line in enumerate(lines):
-        place = f"{path}: line {row + 2}"
-        cells = dict(zip(header, line))
-        *texts, label = (cells.get(name, "").strip() for name in found[0])
-        if len(line) != len(header) or not label or not all(texts):
-            raise ValueError(f"{place}: {len(line)} cells of {len(header)}, or a text or label is "
-                             "empty; mend or remove the line")
-        sentences.append(Sentence(str(row), texts, label, place))
-    if not sentences:
-        raise ValueError(f"{path}: holds no row; is it the right file?")
-    return sentences
+    choices = [names.split(",") for names in known]
+    if not train:
+        choices += [[*texts, None] for *texts, _ in choices]
+    for names in choices:
+        if {*names} <= {*header, None} and len(names) in (2, 3):
+            return names
+    raise ValueError(f"{path}: line 1 must name the columns, with tabs between: "
+                     f"{' or '.join(known)}, but it is {str(header)[:100]}; put such a line on "
+                     "top, or give --columns TEXT,LABEL or TEXT,TEXT2,LABEL as it has them")
+
+
+def with_labels(sentences, path):
+    """The rows that have a label: all but those of "-", and of "-1" beside 0 (as in GLUE's tests).
+
+    Says which labels there are. Raises ValueError for scores.
+    """
+    counts = Counter(sentence.label for sentence in sentences)
+    none = ("-", "-1") if "0" in counts else ("-",)
+    labelled = [sentence for sentence in sentences if sentence.label not in none] or sentences
+    note(f"{path}: {len(counts)} labels, and their rows: {str(dict(counts.most_common(9)))[:300]}; "
+         f"left out without a label: {len(sentences) - len(labelled)}")
+    if any(re.fullmatch(r"[-+]?\d*\.\d+", str(label)) for label in counts):
+        raise ValueError(f"{path}: labels with decimals are scores; only classes can be learnt")
+    return labelled
 
 
 def example(text, path):
@@ -87,7 +115,7 @@ def prepare_model(model, sentences):
     if len(labels) == 1:
         raise ValueError(f"{sentences[0].place}: all labels are {labels[0]}: nothing to learn")
     known = model.config.labels
-    if model.has_head and len(labels) == len(known) and None not in places(sentences, model):
+    if model.has_head and len(labels) == len(known) == len(places(sentences, known)):
         return
     if model.has_head:
         note(f"the labels are {labels}, not {known}: the classifier starts random")
@@ -97,32 +125,31 @@ def prepare_model(model, sentences):
 
 def targets_agree(teacher, model, sentences):
     """Do both models have the labels of these examples, in the same places?"""
-    return places(sentences, teacher) == places(sentences, model)
+    return places(sentences, teacher.config.labels) == places(sentences, model.config.labels)
 
 
 def labels_of(sentences):
     """All labels, sorted: numerically, if all are numbers."""
-    labels = {sentence.label for sentence in sentences}
+    labels = {sentence.label for sentence in sentences if sentence.label}
     return sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
 
 
-def places(sentences, model):
-    """Where the model has the labels of the sentences."""
-    return [index_of(label, model.config.labels) for label in labels_of(sentences)]
-
-
-def index_of(label, labels):
-    """The place of a label among the model's; None if it is none of them.
+def places(sentences, labels):
+    """Each label of the file that the model has, too -> its place among the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the place: with the
     model's labels ["negative", "positive"], the file's 0 is "negative".
     """
-    if label in labels:
-        return labels.index(label)
     named = not any(map(str.isdecimal, labels))
-    if named and label.isdecimal() and int(label) < len(labels):
-        return int(label)
-    return None
+    found = {}
+    for label in labels_of(sentences):
+        if label in labels:
+            found[label] = labels.index(label)
+        elif named and label.isdecimal() and int(label) < len(labels):
+            found[label] = int(label)
+    if len({*found.values()}) < len(found):
+        raise ValueError(f"{sentences[0].place}: one label has two names in {[*found]}; mend them")
+    return found
 
 
 def make_windows(sentences, tokenizer, config):
@@ -132,25 +159,23 @@ def make_windows(sentences, tokenizer, config):
     """
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     length = config.reading.max_length
-    texts = [sentence.texts[0] if len(sentence.texts) == 1 else tuple(sentence.texts)
-             for sentence in sentences]
+    pairs = [(*sentence.texts, "")[:2] for sentence in sentences]
     tokenizer.enable_truncation(length - len(sentences[0].texts) - 1)      # room for [CLS], [SEP]
-    codes = tokenizer.encode_batch(texts, add_special_tokens=False)
+    codes = tokenizer.encode_batch(pairs, add_special_tokens=False)
     tokenizer.no_truncation()
+    targets = places(sentences, config.labels or labels_of(sentences))
     windows = []
     for sentence, code in zip(sentences, codes):
-        target = 0
-        if sentence.label and config.labels:
-            target = index_of(sentence.label, config.labels)
-        if target is None:
-            raise ValueError(f"{sentence.place}: label {sentence.label} is none of the model's, "
-                             f"such as {config.labels[:9]}; mend or remove the line")
+        if sentence.label and sentence.label not in targets:
+            raise ValueError(f"{sentence.place}: label {sentence.label:.40} is not of the model's "
+                             f"labels, such as {config.labels[:9]}; mend or remove the line")
         end = code.sequence_ids.count(0)                                    # of the first text
         ids = [cls, *code.ids[:end], sep]
         first = len(ids)                                # the end, if there is no second text
         if len(sentence.texts) == 2:
             ids += [*code.ids[end:], sep]
-        windows.append(Window(sentence.id, torch.tensor(ids), first, torch.tensor([target])))
+        target = torch.tensor([targets.get(sentence.label, 0)])
+        windows.append(Window(sentence.id, torch.tensor(ids), first, target))
     cut = sum(bool(code.overflowing) for code in codes)
     if cut:
         note(f"{cut} of {len(sentences)} rows have more than --max-length {length} tokens; cut")
@@ -162,9 +187,8 @@ def predict(model, tokenizer, sentences):
     labels = model.config.labels
     windows = make_windows(sentences, tokenizer, model.config)
     names = [*labels]
-    for sentence in sentences:
-        if sentence.label:
-            names[index_of(sentence.label, labels)] = sentence.label
+    for label, place in places(sentences, labels).items():
+        names[place] = label
     if names != labels:
         note(f"the file's labels {names} are taken as the model's {labels}")
     predictions = {}
@@ -174,11 +198,13 @@ def predict(model, tokenizer, sentences):
 
 
 def score(predictions, sentences):
-    """Accuracy in percent, and F1 of the second label where there are two."""
+    """Accuracy in percent, and F1 of the second label where there are two. Raises ValueError."""
+    labels = labels_of(sentences)
+    if not labels:
+        raise ValueError(f"{sentences[0].place}: no label to score by; --predict needs none")
     pairs = [(predictions.get(sentence.id), sentence.label) for sentence in sentences]
     right = sum(said == true for said, true in pairs)
     result = {"accuracy": 100 * right / len(pairs)}
-    labels = labels_of(sentences)
     if len(labels) == 2:
         found = pairs.count((labels[1], labels[1]))
         result["f1"] = 200 * found / sum(pair.count(labels[1]) for pair in pairs)

@@ -17,17 +17,15 @@ from urllib.request import urlretrieve
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))
-from model import read_safetensors  # noqa: E402
-
-CHECKPOINT = ("config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors")
+CHECKPOINT = ("config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt",
+              "model.safetensors")
 SQUAD = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 HUB = "https://huggingface.co"
 
 
-def fetch(url, path):
-    """Download one file: whole, or not at all."""
+def fetch(url, path, optional=False):
+    """Download one file: whole, or not at all. One that is optional may be absent there."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +33,11 @@ def fetch(url, path):
     try:
         with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
             urlretrieve(url, part, lambda number, size, total: bar.update(size))
-        if path.suffix == ".safetensors":
-            read_safetensors(part)
         if path.suffix == ".zip":
             shutil.unpack_archive(part, DATA, "zip")
         part.replace(path)
-    except (OSError, ValueError, HTTPException) as error:
-        if path.name != "tokenizer_config.json":                     # not all checkpoints have one
+    except (OSError, HTTPException) as error:
+        if not (optional and "404" in str(error)):
             print(f"download.py: {url}: {error}; try again", file=sys.stderr)
             sys.exit(2)
     finally:
@@ -56,9 +52,12 @@ def main(argv=None):
     add("--model", default="bert-base-uncased", help="default: bert-base-uncased")
     args = parser.parse_args(argv)
     socket.setdefaulttimeout(60)
+    url = f"{HUB}/{args.model}/resolve/main"
+    folder = DATA / Path(args.model).name
     for name in CHECKPOINT:
-        folder = DATA / Path(args.model).name
-        fetch(f"{HUB}/{args.model}/resolve/main/{name}", folder / name)
+        fetch(f"{url}/{name}", folder / name, optional=name != "config.json")
+    if not (folder / "model.safetensors").exists():
+        fetch(f"{url}/pytorch_model.bin", folder / "pytorch_model.bin")
     if args.glue:
         path = DATA / f"{args.glue}.zip"
         fetch(f"{GLUE}/{path.name}", path)

@@ -51,7 +51,8 @@ def make_windows(questions, tokenizer, config):
     """A window for every question; its context is cut around the answer. Raises ValueError."""
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     length = config.reading.max_length
-    # [CLS], two [SEP] and the question leave room for: answer; side, answer, side of the context.
+    # A window is [CLS] answer [SEP] side answer side [SEP] question: the answer stands alone, then
+    # in its context. What [CLS], two [SEP] and the question leave holds two answers and two sides.
     half = (length - LONGEST - 3) // 2                                     # an answer and a side
     if half < 1:
         raise ValueError(f"--max-length {length} has no room beside a question of "
@@ -86,7 +87,7 @@ def predict(model, tokenizer, questions):
 
 
 def write(model, sep, input_ids, attention_mask, token_type_ids):
-    """A target for each source (B, T), greedily: (B, n), of which what follows [SEP] is void.
+    """A target for each source (B, T), greedily: (B, n); what follows a [SEP] doesn't count.
 
     The first token of a target is a [SEP] of its own, as in training. The keys and values of all
     earlier tokens are kept, so that a step computes one token only.

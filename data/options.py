@@ -11,7 +11,7 @@ from data.run import STAGES
 # Without --model and --train, a tiny BERT learns a generated corpus, and some defaults differ.
 TINY_BERT = str(Path(__file__).parent / "tiny-bert")
 USUAL = {"dense_epochs": 2, "epochs": 20, "batch_size": 16, "lr": 3e-5}
-OFFLINE = {"dense_epochs": 1, "epochs": 2, "batch_size": 32, "lr": 1e-3, "dropout": 0.0}
+OFFLINE = {"dense_epochs": 1, "epochs": 2, "batch_size": 32, "lr": 1e-3}
 
 
 def fraction(text):
@@ -44,13 +44,15 @@ def add_data_flags(parser):
     add("--out", default="out", help="folder for the results (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace another run that lies there")
     add("--eval", metavar="PATH", help="only score a saved model or a predictions.json")
+    add("--predict", metavar="FILE", help="with --eval: write predictions there, without scores")
     group = parser.add_argument_group("reading (default: as the model was trained, else 384, "
                                       "128, 30, 0)")
     add = group.add_argument
     add("--max-length", type=count, help="tokens in a window")
     add("--stride", type=count, help="tokens by which two windows overlap")
     add("--max-answer", type=count, help="tokens in an answer")
-    add("--null-threshold", type=float, help='SQuAD v2.0: "" where [CLS] wins by more than this')
+    add("--null-threshold", type=float, help='SQuAD v2.0: "" where [CLS] wins by more than this; '
+        "a negative one with a =, as in --null-threshold=-1e-3")
 
 
 def add_pruning_flags(parser, methods):
@@ -84,7 +86,7 @@ def add_training_flags(parser):
     add("--lr", type=fraction, help="learning rate of the weights (default: 3e-5, 1e-3)")
     add("--score-lr", type=fraction, default=1e-2,
         help="of the scores; it matters for soft-movement alone (default: %(default)s)")
-    add("--dropout", type=fraction, help="in training (default: the checkpoint's, 0)")
+    add("--dropout", type=fraction, help="in training (default: the checkpoint's)")
     add("--teacher", metavar="FOLDER", help="model to distill from (default: the dense one)")
     add("--distill", type=fraction, default=0.9,
         help="weight of the teacher in the loss (default: %(default)s)")
@@ -139,7 +141,6 @@ def parse_compact(argv, description):
     add("--context", metavar="FILE", help="a text file with the answer, or the second text")
     add("--dev", metavar="FILE", help="data to measure on (default: the generated corpus)")
     add("--columns", metavar="NAMES", help="of a table, as train.py's")
-    add("--bfloat16", action="store_true", help="store and compute in 16 bits: half the size")
     return parse(parser, argv)
 
 

@@ -1,7 +1,7 @@
 """Tables and layers.svg: what a run prints and draws, from numbers alone."""
 from data.run import STAGES
 
-BLUE, GREY = "#2f81f7", "#57606a"                   # on a white ground, whatever the page has
+BLUE, GREY = "#2f81f7", "#57606a"                   # on a white ground, on dark pages, too
 
 
 def table(rows):
@@ -15,21 +15,19 @@ def closing_table(summary):
     """One row per stage. Pruning leaves the dense shapes, and so the dense speed: 1.00x."""
     names = list(summary["dense"])[:2]                                  # of the scores
     rows = [("model", *names, "density", "parameters", "heads", "speed")]
+    dense = summary["parameters_dense"], summary["heads_total"], 1.0
+    small = summary["parameters_compact"], summary["heads_kept"], summary["speedup"]
     densities = {"dense": 1.0, "pruned": summary["density"]}
     for stage in STAGES:
         if stage not in summary:
             continue
-        shape, speed = "total", 1.0
-        parameters = summary["parameters_dense"]
-        if stage not in densities:
-            shape, speed = "kept", summary["speedup"]
-            parameters = summary["parameters_compact"]
+        parameters, heads, speed = dense if stage in densities else small
         rows.append((
             stage,
             *(f"{summary[stage][name]:.2f}" for name in names),
             f"{densities.get(stage, summary['compact_density']):.3f}",
             f"{parameters:,}",
-            f"{summary[f'heads_{shape}']} of {summary['heads_total']}",
+            f"{heads} of {summary['heads_total']}",
             f"{speed:.2f}x",
         ))
     return table(rows)
@@ -71,11 +69,11 @@ def layers_svg(before, after):
              f'<rect width="680" height="{height}" fill="#ffffff"/>',
              '<text x="70" y="16">heads that are left</text>',
              '<text x="370" y="16">FFN dimensions that are left</text>']
-    heads = zip(after.heads_per_layer, before.heads_per_layer)
-    dimensions = zip(after.ffn_per_layer, before.ffn_per_layer)
-    for i, (heads_left, dimensions_left) in enumerate(zip(heads, dimensions)):
+    numbers = zip(after.heads_per_layer, before.heads_per_layer,
+                  after.ffn_per_layer, before.ffn_per_layer)
+    for i, (heads, all_heads, dimensions, all_dimensions) in enumerate(numbers):
         y = 26 + 22 * i
         parts.append(f'<text x="0" y="{y + 12}">layer {i}</text>')
-        parts.append(bar(*heads_left, 70, y))
-        parts.append(bar(*dimensions_left, 370, y))
+        parts.append(bar(heads, all_heads, 70, y))
+        parts.append(bar(dimensions, all_dimensions, 370, y))
     return "\n".join([*parts, "</svg>\n"])

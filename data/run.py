@@ -8,7 +8,7 @@ The folder that `--out` names holds
     log.jsonl         a line for every step, and the scores at every stage's end
     checkpoint.pt     where to go on: which stages are finished, and the step of the one that is not
     predictions.json, layers.svg            of the last model
-    summary.json      written last: where it lies, the run is finished
+    summary.json      written last: if it exists, the run is finished
 
 A run that goes on ends with the same bits on a CPU (with the same number of threads), because every
 step begins from what a checkpoint holds (weights, scores, masks, AdamW's state, the number of the
@@ -27,7 +27,6 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
-import tokenizers
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -38,7 +37,7 @@ from model import read_json, read_torch, save_json, whole_file
 STAGES = ("dense", "pruned", "compact", "filled")
 SECONDS_BETWEEN_CHECKPOINTS = 600
 # What may differ where a run goes on; the contents of files are compared, not their paths.
-MAY_DIFFER = ("model", "teacher", "train", "dev", "threads", "python", "torch", "tokenizers")
+MAY_DIFFER = ("model", "teacher", "train", "dev", "threads", "python", "torch")
 BAR = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 RANK, WORLD, LOCAL = 0, 1, 0                    # this process, of how many; its number here
@@ -63,9 +62,6 @@ class RunFolder:
         self.summary = None                                          # of this run, if finished
         self.goes_on = False
         if not (self.path / "settings.json").exists():
-            if self.checkpoint.exists() and not overwrite:
-                raise ValueError(f"{self.path}: holds a run without settings.json; give another "
-                                 "--out, or --overwrite to replace it")
             return
         theirs = read_json(self.path / "settings.json")
         different = [f"{name} {theirs.get(name)}, not {value}"
@@ -101,7 +97,7 @@ class RunFolder:
 
     def clear(self):
         """Remove an older run. The checkpoint goes first, so that nobody goes on with a part."""
-        holds_a_run = (self.path / "settings.json").exists() or self.checkpoint.exists()
+        holds_a_run = (self.path / "settings.json").exists()
         for name in ("checkpoint.pt", "summary.json", "log.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         if holds_a_run:                                  # else the folders may be anybody's
@@ -177,7 +173,6 @@ def run_settings(args: dict, train, dev, *models) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "tokenizers": tokenizers.__version__,
     }
 
 
@@ -221,8 +216,9 @@ def parallel(model):
 def my_share(windows, batch):
     """This process's part of a batch of window indices, and the factor of its loss.
 
-    The factor is its share of the batch's targets, times the number of processes: the gradients
-    are averaged over the processes later, and this makes their average a sum. Alone it is 1.
+    The loss of a process is a mean over its own targets. What is wanted is the mean over all, which
+    is the sum of these means, each times the process's share of the targets. DDP averages the
+    gradients instead of summing them, so the factor is the share times the number of processes.
     """
     counts = [len(windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)
@@ -280,7 +276,7 @@ def note_slow_bfloat16():
 
 @contextmanager
 def one_line_errors():
-    """Bad input ends a command line with one line and status 2; other errors are bugs."""
+    """Bad input ends the program with one line of error and status 2; other errors are bugs."""
     try:
         yield
     except KeyboardInterrupt:

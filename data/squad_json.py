@@ -74,6 +74,8 @@ def read_question(entry, context, path):
     """A question of the file `path`. Raises ValueError and whatever plain indexing raises."""
     question = Question(text_of(entry, "id"), text_of(entry, "question").strip(), context, [],
                         file=path)
+    if not isinstance(entry["answers"], list):
+        raise TypeError("'answers' must be a list, as in the example at the top of squad_json.py")
     for answer in entry["answers"]:
         if answer["text"] == "":                                           # a way to say "none"
             continue

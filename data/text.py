@@ -1,7 +1,8 @@
 """Text and tensors, the same for every task: a saved model's tokenizer; windows -> batches.
 
-A task cuts its examples into windows: tokens of type 0, of which the first is [CLS], then tokens of
-type 1. `collate` makes the model's inputs of some windows, padded to the longest of them.
+One idea: a task cuts its examples into windows, and from there on all tasks are alike. A window has
+tokens of type 0, of which the first is [CLS], then tokens of type 1. `collate` makes the model's
+inputs of some windows, padded to the longest of them.
 
 Shapes in comments: B batch, T tokens, N targets of a batch, n of a window.
 """
@@ -16,10 +17,11 @@ from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.run import note, progress_bar
+from data.run import progress_bar
 from model import read_json
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
 NORMALIZER = {                               # the library's names: tokenizer_config.json's
     "lowercase": "do_lower_case",
     "strip_accents": "strip_accents",
@@ -62,26 +64,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise
     except BaseException as error:             # a panic of the library is a BaseException only
         raise ValueError(f"{path}: no readable tokenizer ({error}); is it all there?") from None
-    for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"):
+    for token in SPECIAL:
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{path}: has no {token}; is it BERT's?")
     return tokenizer
 
 
 def apply_settings(tokenizer, settings, path):
-    """What tokenizer_config.json says counts, also against tokenizer.json, as in transformers."""
+    """What tokenizer_config.json says wins over tokenizer.json, as in transformers."""
     if isinstance(tokenizer.normalizer, BertNormalizer):
         for name, theirs in NORMALIZER.items():
             if theirs in settings:
                 setattr(tokenizer.normalizer, name, settings[theirs])
     if path.name != "vocab.txt":
         return
-    words = [token for token in tokenizer.get_vocab() if token[:1] != "["]
-    if "do_lower_case" not in settings and any(word != word.lower() for word in words):
-        note(f"{path}: has words with capitals, but all text is lower-cased; if that is wrong, "
-             'say "do_lower_case": false in tokenizer_config.json')
-    if read_if_there(path.with_name("added_tokens.json")):
-        raise ValueError("added_tokens.json is not read; save a tokenizer.json with transformers")
+    added = [*read_if_there(path.with_name("added_tokens.json"))]
+    added += settings.get("additional_special_tokens") or []
+    added += [entry["content"] for entry in settings.get("added_tokens_decoder", {}).values()]
+    if {*added} - {*SPECIAL, "[MASK]"}:
+        raise ValueError(f"tokens were added ({', '.join(added)}), which vocab.txt doesn't tell; "
+                         "save a tokenizer.json with transformers")
 
 
 def read_if_there(path):
@@ -129,8 +131,9 @@ def collate(windows, device):
 
 @torch.inference_mode()
 def run_model(model, windows, call=None):
-    """The index of each window, in no particular order, and what the model, or `call`, makes of it.
+    """The index of each window, in no particular order, and what the model makes of it.
 
+    call: a function of the model's inputs, to be called instead of the model (to write text).
     Raises ArithmeticError for logits that are not finite.
     """
     model.eval()
