@@ -1206,7 +1206,7 @@ def test_oddities_of_real_data_are_not_errors(tmp_path):
 SST2 = "sentence\tlabel\na fine \"film\t1\nsick\t0\n"
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\the ran\tshe ran\r\n"
 MNLI = "index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n2\te\tf\tentailment\n"
-UNUSUAL = "sentence\tlabel\na good\rmovie\t1\r\nb\t-1\r\nc\t-\r\nd\t0\r\n"
+UNUSUAL = "sentence\tlabel\na good\rmovie\t1\r\nb\t-1\r\nc\t-\r\n\"a \"\"d\"\"\"\t0\r\n"
 UNLABELLED = "index\tsentence\n0\ta\n1\tb\n"
 BROKEN_GLUE = r"""
 sentence\tlabel\na\t1\nb | of 2 rows, 1 lack a cell or have an empty one: line 3, ['b'];
@@ -1230,7 +1230,7 @@ def test_tables_are_read_as_glue_writes_them(tmp_path):
     for raw, expected in (
         (SST2, [(['a fine "film'], "1"), (["sick"], "0")]),
         ("\ufeff" + MRPC, [(["he ran", "she ran"], "1")]),
-        (UNUSUAL, [(["a good\rmovie"], "1"), (["d"], "0")]),
+        (UNUSUAL, [(["a good\rmovie"], "1"), (['"a ""d"""'], "0")]),
         (UNLABELLED, [(["a"], None), (["b"], None)]),
         (MNLI, [(["a", "b"], "neutral"), (["e", "f"], "entailment")]),
     ):
@@ -1240,6 +1240,7 @@ def test_tables_are_read_as_glue_writes_them(tmp_path):
         assert [(row.texts, row.label) for row in rows] == expected
         counts = "4 labels, and their rows: {'1': 1, '-1': 1, '-': 1, '0': 1}; left out without a "
         assert (counts + "label: 2" in said.getvalue()) == (raw == UNUSUAL)
+        assert ("doubled quotes" in said.getvalue()) == (raw == UNUSUAL)
     assert [row.id for row in rows] == ["0", "1"]  # rows of the file
     path.write_text("a,b\tc d\tgood?\nx\ty\t-\n")
     assert classification.read(path, columns="c d,good?")[0].label == "-"
@@ -1811,6 +1812,7 @@ BAD_TRAIN = """
 --density 1.5 | 1.5 is not 0 to 1
 --density nan | nan is not 0 to 1
 --density 0.5 --speedup 2 | not allowed with
+--density 0.5 --lambda 1 1 | not allowed with
 --speedup 0.9 | --speedup must be at least 1
 --speedup nan | --speedup must be at least 1
 --speedup 2 --method soft-movement | a --method that ranks

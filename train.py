@@ -387,8 +387,7 @@ def report(job, pruned, small, difference):
         "speedup": speed,
         "speedup_quartiles": quartiles,
     }
-    picture = pictures.layers_svg(pruned.config, small.config)
-    (folder.path / "layers.svg").write_text(picture)
+    (folder.path / "layers.svg").write_text(pictures.layers_svg(pruned.config, small.config))
     save_json(folder.path / "summary.json", summary)
     say(f"\n{pictures.report(summary)}\nmodels, predictions, log and picture: {folder.path}")
     return summary

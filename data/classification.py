@@ -54,6 +54,9 @@ def read(path, train=False, columns=None):
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); convert it") from None
+    quotes = text.count('""')
+    if quotes:
+        note(f"{path}: {quotes} doubled quotes, as spreadsheets write them; no quote is removed")
     header, *rows = (line.rstrip("\r").split("\t") for line in text.rstrip("\r\n").split("\n"))
     names = find_columns(header, columns, train, path)
     sentences, broken = [], []
@@ -89,7 +92,7 @@ def with_labels(sentences, path):
     Says which labels there are. Raises ValueError for scores.
     """
     counts = Counter(sentence.label for sentence in sentences)
-    none = ("-", "-1") if "0" in counts else ("-",)
+    none = {"-", "-1"} if "0" in counts else {"-"}
     labelled = [sentence for sentence in sentences if sentence.label not in none] or sentences
     note(f"{path}: {len(counts)} labels, and their rows: {str(dict(counts.most_common(9)))[:300]}; "
          f"left out without a label: {len(sentences) - len(labelled)}")
@@ -203,9 +206,9 @@ def score(predictions, sentences):
     if not labels:
         raise ValueError(f"{sentences[0].place}: no label to score by; --predict needs none")
     pairs = [(predictions.get(sentence.id), sentence.label) for sentence in sentences]
-    right = sum(said == true for said, true in pairs)
-    result = {"accuracy": 100 * right / len(pairs)}
+    result = {"accuracy": 100 * sum(said == true for said, true in pairs) / len(pairs)}
     if len(labels) == 2:
-        found = pairs.count((labels[1], labels[1]))
-        result["f1"] = 200 * found / sum(pair.count(labels[1]) for pair in pairs)
+        second = labels[1]
+        found = pairs.count((second, second))
+        result["f1"] = 200 * found / sum(pair.count(second) for pair in pairs)
     return result

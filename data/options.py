@@ -45,9 +45,8 @@ def add_data_flags(parser):
     add("--overwrite", action="store_true", help="replace another run that lies there")
     add("--eval", metavar="PATH", help="only score a saved model or a predictions.json")
     add("--predict", metavar="FILE", help="with --eval: write predictions there, without scores")
-    group = parser.add_argument_group("reading (default: as the model was trained, else 384, "
-                                      "128, 30, 0)")
-    add = group.add_argument
+    title = "reading (default: as the model was trained, else 384, 128, 30, 0)"
+    add = parser.add_argument_group(title).add_argument
     add("--max-length", type=count, help="tokens in a window")
     add("--stride", type=count, help="tokens by which two windows overlap")
     add("--max-answer", type=count, help="tokens in an answer")
@@ -66,9 +65,9 @@ def add_pruning_flags(parser, methods):
         help="fraction of the encoder's weights to keep (default: %(default)s)")
     add("--speedup", type=float, metavar="X",
         help="instead: X times as fast as the dense model, on this machine")
-    add = group.add_argument
     add("--lambda", dest="lambdas", type=float, nargs=2, default=[10.0, 10.0], metavar="L",
-        help="soft movement's penalties, of attention and FFN (default: 10 10)")
+        help="for soft-movement: its penalties, of attention and FFN (default: 10 10)")
+    add = group.add_argument
     add("--warmup", type=fraction, default=0.05,
         help="part of the steps before pruning begins (default: %(default)s)")
     add("--cooldown", type=fraction, default=0.4,

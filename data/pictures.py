@@ -13,8 +13,7 @@ def table(rows):
 
 def closing_table(summary):
     """One row per stage. Pruning leaves the dense shapes, and so the dense speed: 1.00x."""
-    names = list(summary["dense"])[:2]                                  # of the scores
-    rows = [("model", *names, "density", "parameters", "heads", "speed")]
+    rows = [("model", *summary["dense"], "density", "parameters", "heads", "speed")]
     dense = summary["parameters_dense"], summary["heads_total"], 1.0
     small = summary["parameters_compact"], summary["heads_kept"], summary["speedup"]
     densities = {"dense": 1.0, "pruned": summary["density"]}
@@ -24,7 +23,7 @@ def closing_table(summary):
         parameters, heads, speed = dense if stage in densities else small
         rows.append((
             stage,
-            *(f"{summary[stage][name]:.2f}" for name in names),
+            *(f"{score:.2f}" for score in summary[stage].values()),
             f"{densities.get(stage, summary['compact_density']):.3f}",
             f"{parameters:,}",
             f"{heads} of {summary['heads_total']}",
