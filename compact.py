@@ -13,8 +13,8 @@ adds only a constant, or nothing.
 | row d of the first FFN matrix       | Dimension d is activation(b_1[d]). That, times its column  |
 |                                     | of the second matrix, moves to b_2.                        |
 | column d of the second FFN matrix   | Dimension d adds nothing.                                  |
-| for each dimension d of a head, row | The head adds W_O[:, head] @ b_V[head], which moves to     |
-| d of W_V, or column d of W_O        | b_O. (A column that is zero adds nothing to this.)         |
+| row d of W_V, or column d of W_O,   | The head adds W_O[:, head] @ b_V[head], which moves to     |
+| for each dimension d of a head      | b_O. (A column that is zero adds nothing to this.)         |
 | a head's W_Q or W_K, but not W_V    | The head stays: it is a mean of its values.                |
 
     heads = compact_attention(query, key, value, output, head_size=64)     # of anybody's model
@@ -47,7 +47,7 @@ from torch.nn.utils import parametrize
 @torch.no_grad()
 def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output: nn.Linear,
                       head_size: int) -> int:
-    """Delete the heads of one layer that only add a constant, in place; how many are left.
+    """Delete the heads of one layer that only add a constant, in place; returns how many are left.
 
     query, key, value: (C -> H D), output: (H D -> C), all with or without bias; head_size: D.
     Raises ValueError for a layer that still has its mask.
@@ -59,7 +59,7 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
 
 @torch.no_grad()
 def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
-    """Delete the FFN dimensions that only add a constant, in place; how many are left.
+    """Delete the FFN dimensions that only add a constant, in place; returns how many are left.
 
     first: (C -> F), second: (F -> C), both with or without bias; activation: tensor -> tensor.
     Raises ValueError for a layer that still has its mask.
@@ -71,7 +71,7 @@ def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
 
 @torch.no_grad()
 def compact_unread(writers: list, reader: nn.Linear) -> int:
-    """Delete the units that nobody reads, in place, whatever computes them; how many are left.
+    """Delete the units that nobody reads, in place, whatever computes them; returns what is left.
 
     writers: each (C -> F), reader: (F -> C), with or without bias. In a gated FFN (Llama, Qwen,
     Mistral, Gemma) gate_proj and up_proj write and down_proj reads.
@@ -94,7 +94,7 @@ def alive(first, second, size=1):
 def delete(keep, writers, reader, constants=None):
     """Leave out the rows of `writers` and the columns of `reader` where `keep` (n,) is False.
 
-    constants (n,): what each unit that goes hands to the reader, for every input; None for 0.
+    constants (n,): what the reader gets from each unit, if it is deleted; None if that is 0.
     """
     if any(map(parametrize.is_parametrized, [*writers, reader])):
         raise ValueError("a layer still has its mask; call bake(model) first")
@@ -185,8 +185,8 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
 def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
-    # Without this, the C library would give freed memory back to the system, and every call would
-    # wait for new pages. It stops doing so once a block of this size (32 MB) has been freed.
+    # The C library gives freed memory back to the system, and the next call waits for new pages.
+    # After one block of 32 MB was freed, it keeps what is freed, and calls no longer wait.
     torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()
@@ -235,7 +235,7 @@ def main(argv=None):
     """The command line. Raises ValueError, ArithmeticError or OSError."""
     import data  # here, because all of the above works without it
     from data import options, run
-    run.said.clear()
+    run.said.clear()                                       # each note is said once in a call
     args = options.parse_compact(argv, __doc__.splitlines()[0])
     if args.expand:
         task = data.task_of(args.model)

@@ -7,7 +7,7 @@ that is what block pruning leaves.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids).unbind(1)   # logits, (B, T) each
-    model.save_pretrained("out/mine")                     # transformers opens it, if it is as dense
+    model.save_pretrained("out/mine")                    # transformers opens it, if no layer shrank
 
 Sources: Devlin et al., BERT, 2018 (arXiv 1810.04805), sections 3 and 4.2; Vaswani et al., Attention
 Is All You Need, 2017 (arXiv 1706.03762), section 3.2; Dong et al., UniLM, 2019 (arXiv 1905.03197),
@@ -50,8 +50,8 @@ class Reading:
 class BertConfig:
     """The fields of Hugging Face's config.json that shape the computation, with BERT-base's values.
 
-    The last four are not BERT's: what is left in each layer of a compact model, a classifier's
-    labels (id2label in config.json), and how the model reads.
+    Not BERT's own are heads_per_layer and ffn_per_layer (what is left in each layer of a compact
+    model), labels (a classifier's; id2label in config.json) and reading.
     """
 
     vocab_size: int = 30522                      # V
@@ -218,7 +218,7 @@ class Bert(nn.Module):
         return x
 
     def initialise(self, module):
-        """Random matrices: normal with standard deviation `initializer_range`; biases 0."""
+        """Matrices: normal with standard deviation `initializer_range`; biases 0, norms 1."""
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=self.base_config.initializer_range)

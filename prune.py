@@ -17,7 +17,7 @@ S against it. So S rises for a block that lowers the loss, whether it is kept or
 the weights, which training moves along -g: S rises where g and W have opposite signs, so where
 weights are pushed away from zero, and falls where they are pushed towards zero. Hence the name
 "movement". A dropped block whose score is among the best again is back, with weights that hardly
-changed meanwhile (their gradient was 0).
+changed meanwhile (their gradient was 0; only momentum and weight decay moved them).
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -59,9 +59,9 @@ class BlockMask(nn.Module):
     def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
-        transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix): its blocks
-                    are c x r, and all (R, C) are those of its transpose, in which a column that
-                    reads is a row, like the one that writes
+        transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix). It is cut
+                    as if it were turned: 64xall makes blocks of 64 rows of W_Q, but of 64 columns
+                    of W_O. Scores and M (R, C) are those of the turned matrix, so that both fit.
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -76,8 +76,8 @@ class BlockMask(nn.Module):
         self.block = (r, c)
         self.transposed = transposed
         self.schedule_ended = True              # `advance` sets it; `bake` warns where it is False
-        # In a tuple: a module that is an attribute would be registered, and its scores with it, so
-        # that they would be saved and trained once more for every mask that shares them.
+        # In a tuple: a module that is an attribute would be registered, and its scores would be
+        # saved once more with every mask that shares them.
         self.owner = (owner or self,)
         if owner is None:
             ones = torch.ones(shape, dtype=torch.float32, device=weight.device)
@@ -129,7 +129,8 @@ class BlockGroup:
                  cut into r x c blocks
         columns  name patterns of the matrices that read what those write (its output): they are cut
                  into c x r blocks
-        unit     how many rows can only be deleted together: the size of a head, or 1 in the FFN
+        unit     how many rows make a part that is deleted whole: a head's size, or 1 in an FFN.
+                 Blocks of whole units share their scores (see below).
         method   one of METHODS; with magnitude, scores are not learned
         """
         if method not in METHODS:
@@ -240,7 +241,7 @@ class BlockGroup:
         return scores
 
     def set_masks(self, kept):
-        """Set M of all blocks, (blocks,), True where a block is kept."""
+        """Write M into the buffers: of all blocks, (blocks,), True where a block is kept."""
         vector_to_parameters(kept.float(), [mask.kept for mask in self.masks])
 
 

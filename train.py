@@ -1,8 +1,9 @@
 """Fine-tune a BERT, learn which blocks of its weights can go, and delete them.
 
 One idea: pruning is fine-tuning with a schedule. A run is a story of stages, which `whole_run`
-tells: dense fine-tuning; fine-pruning with the dense model as teacher, after which the zeros are
-made permanent; deletion; and, on request, filling. The loop of all stages follows it.
+tells: dense fine-tuning; fine-pruning (fine-tuning while blocks are pruned) with the dense model as
+teacher, after which the zeros are made permanent; deletion; and, on request, filling. The loop of
+all stages follows it.
 
     python train.py --block 32x32                                    # offline, a minute or two
     python train.py --block 32x32 --model FOLDER --train train.json --dev dev.json
@@ -16,7 +17,7 @@ After a stop of any kind, the same command goes on from the run's last checkpoin
 Sources: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 4;
 Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
 
-Shapes in comments: N targets of a batch, n of a window, K positions or classes.
+Shapes in comments: N targets of a batch, K positions or classes.
 """
 import copy
 import json
@@ -44,7 +45,7 @@ def main(argv=None):
 
     Raises ValueError, ArithmeticError or OSError for what is wrong outside of the code.
     """
-    run.said.clear()
+    run.said.clear()                                       # each note is said once in a call
     args = options.parse_train(argv, __doc__.splitlines()[0], METHODS)
     if args.eval:
         scores = data.evaluate(args)
@@ -92,7 +93,8 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         schedule += batches(job.windows, args.batch_size, epoch, args.seed)
     total = len(schedule)
     parallel_model = parallel(model)
-    for step in job.folder.steps(stage, total, model, optimizer):    # with checkpoints
+    # From the step at which a checkpoint goes on, else from 0; checkpoints are written on the way.
+    for step in job.folder.steps(stage, total, model, optimizer):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
@@ -104,7 +106,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
             width = logits.shape[-1]
             teacher_logits = teacher.logits(indices, inputs, width) if teacher else None
         loss, cross_entropy, kl = task_loss(logits, targets, teacher_logits, args.distill)
-        loss = loss_factor * loss + penalty
+        loss = loss_factor * loss + penalty             # a penalty is the same in every process
         loss.backward()
         clip_gradients(optimizer)
         optimizer.step()
@@ -122,7 +124,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
 def task_loss(logits, targets, teacher_logits, a):
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
-    logits          (..., K): a row for every target, in the order of `collate`
+    logits          (..., K): a row for every target, window by window
     targets         (N,)
     teacher_logits  (N, K): row by row those of the same windows and targets; None: no teacher, and
                     the loss is the cross-entropy alone
@@ -177,7 +179,10 @@ def set_dropout(model, dropout):
 
 
 def set_learning_rate(optimizer, peak, step, total):
-    """A warm-up of its own, over a tenth of the steps, then down to 0; the scores' rate stays."""
+    """The weights' rate rises over a tenth of the steps (not pruning's warm-up), then falls to 0.
+
+    The rate of the scores stays.
+    """
     warm = max(1, total // 10)
     lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
     for group in optimizer.param_groups[:2]:
@@ -204,7 +209,7 @@ class DensityPruner:
     def __init__(self, job, model):
         """Mask the attention matrices and the FFN matrices of the model: two groups."""
         self.args = job.args
-        self.state = job.folder.state
+        self.state = job.folder.state                # what checkpoints hold, changed in place
         self.model = model
         self.groups = add_masks(model, job.args)
 
@@ -224,7 +229,7 @@ class DensityPruner:
 
 
 class SpeedPruner(DensityPruner):
-    """Sets the masks so that the time after deletion falls to 1 / X of the dense model's.
+    """Sets the masks so that the time after deletion falls to 1 / X of the dense one: --speedup X.
 
     A controller: it predicts how long the model would take if what is empty now were deleted,
     t(now). Where that is too long, a smaller share v of the blocks may stay, in both groups; where
@@ -244,7 +249,7 @@ class SpeedPruner(DensityPruner):
             start, end = pruning_steps(self.args, total)
             times = self.state["layer_times"]
             limit = times["dense"] * cubic(step, start, end, 1.0, 1 / self.args.speedup)
-            now = predicted_time(times, *survivors(self.model))
+            now = predicted_time(times, *survivors(self.model))       # with the last step's masks
             self.state["share"] = min(1.0, self.state["share"] * (limit / now) ** 0.5)
         for group in self.groups:
             group.keep(max(self.state["share"], 1 / group.blocks))        # the best block stays

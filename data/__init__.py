@@ -5,7 +5,8 @@ One idea: train.py and compact.py know no task. A task is a module of this folde
     MODEL, HEADLINE              its model's class, and the name of the score that counts
     KEEPS_LOGITS                 whether memory holds a teacher's logits on all windows
     SUFFIX                       of the files it reads
-    read(path, train, columns)                           -> examples, each with an `id`
+    read(path, train, columns)                           -> examples, each with an `id`;
+                                                            train: is it the file to learn from?
     example(text, path)                                  -> an example with the id "--ask"
     prepare_model(model, examples)                       what the model must know about its data
     targets_agree(teacher, model, examples)              -> do targets mean the same to both?
@@ -96,7 +97,8 @@ def read_predictions(path, examples):
 def evaluate(args):
     """--eval: scores of a saved model's folder, or of a predictions.json.
 
-    With --predict, write the model's predictions instead; the examples may lack labels or answers.
+    With --predict, write the model's predictions instead. Then a table may lack labels, and
+    questions may have no answers ("answers": []).
     """
     task = TASKS.get(args.task)
     is_model = Path(args.eval).is_dir()
@@ -104,7 +106,7 @@ def evaluate(args):
         model, tokenizer, task = open_model(args.eval, task, args)
         if not model.has_head:
             raise ValueError(f"{args.eval}: has not learnt this task; give another --task")
-    task = task or qa
+    task = task or qa                                  # predictions.json doesn't say whose it is
     examples = read_examples(task, args.dev, "dev", args.columns)
     if is_model:
         predictions = task.predict(model, tokenizer, examples)

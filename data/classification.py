@@ -87,7 +87,7 @@ def find_columns(header, columns, train, path):
 
 
 def with_labels(sentences, path):
-    """The rows that have a label: all but those of "-", and of "-1" beside 0 (as in GLUE's tests).
+    """The rows that have a label: not "-", nor "-1" in a table that has 0, too (as in GLUE).
 
     Says which labels there are. Raises ValueError for scores.
     """

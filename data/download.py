@@ -4,7 +4,7 @@
     python data/download.py --version 2.0 --model bert-large-uncased
     python data/download.py --glue SST-2          # data/SST-2/train.tsv and dev.tsv
 
-A file gets its name when it is whole. What is there already is not downloaded again.
+One idea: a file gets its name when it is whole. What is there is not downloaded again.
 """
 import argparse
 import shutil

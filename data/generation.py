@@ -1,5 +1,7 @@
 """Task generation: write the question that an answer answers; score it by BLEU and ROUGE-L.
 
+One idea: source and target stand in one window, and a mask makes the target unseen ahead of time.
+
     [CLS] answer [SEP] context around the answer      the source, type 0: every token sees it all
     [SEP] q1 q2 .. qn                                 the target, type 1: predicts q1 q2 .. qn [SEP]
 
@@ -51,9 +53,9 @@ def make_windows(questions, tokenizer, config):
     """A window for every question; its context is cut around the answer. Raises ValueError."""
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     length = config.reading.max_length
-    # A window is [CLS] answer [SEP] side answer side [SEP] question: the answer stands alone, then
-    # in its context. What [CLS], two [SEP] and the question leave holds two answers and two sides.
-    half = (length - LONGEST - 3) // 2                                     # an answer and a side
+    # A window is [CLS] answer [SEP] left answer right [SEP] question, with as much of the context
+    # to the left as to the right of the answer: 3 + LONGEST + 2 * (answer + side) tokens.
+    half = (length - LONGEST - 3) // 2                                     # answer + side
     if half < 1:
         raise ValueError(f"--max-length {length} has no room beside a question of "
                          f"{LONGEST} tokens; raise it")

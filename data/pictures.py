@@ -1,4 +1,7 @@
-"""Tables and layers.svg: what a run prints and draws, from numbers alone."""
+"""Tables and layers.svg.
+
+One idea: what a run prints and draws comes from numbers alone, those of summary.json.
+"""
 from data.run import STAGES
 
 BLUE, GREY = "#2f81f7", "#57606a"                   # on a white ground, on dark pages, too

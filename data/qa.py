@@ -1,6 +1,7 @@
 """Task qa: cut SQuAD's questions into windows, choose answers, score them.
 
-A context longer than the window is read in several that overlap, each behind the whole question:
+One idea: an answer is a span of tokens in a window. A context longer than the window is read in
+several windows that overlap, each behind the whole question:
 
     [CLS] question [SEP] a part of the context [SEP]
 
@@ -45,7 +46,7 @@ class SpanWindow(Window):
     def text(self, first, last):
         """The context from token first to last, with the accents that follow its last letter.
 
-        Tokens end before an accent that is a character of its own, as the tokenizer drops it.
+        An accent may be a character of its own. The tokenizer drops it, so tokens end before it.
         """
         begin = self.offsets[first, 0]
         end = self.offsets[last, 1]

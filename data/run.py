@@ -10,10 +10,11 @@ The folder that `--out` names holds
     predictions.json, layers.svg            of the last model
     summary.json      written last: if it exists, the run is finished
 
-A run that goes on ends with the same bits on a CPU (with the same number of threads), because every
-step begins from what a checkpoint holds (weights, scores, masks, AdamW's state, the number of the
-step and, for a speed, the measured times and the share of blocks), and because the order of the
-windows is computed again from the seed, and random numbers are seeded anew at every step.
+A run that goes on ends with the same bits on a CPU (with the same versions and number of threads),
+because every step begins from what a checkpoint holds (weights, scores, masks, AdamW's state, the
+number of the step and, for a speed, the measured times and the share of blocks), and because the
+order of the windows is computed again from the seed, and random numbers are seeded anew at every
+step.
 """
 import json
 import os
@@ -136,7 +137,7 @@ class RunFolder:
         self.log(line)
         shown = [name for name in ("loss", "attention_density", "ffn_density") if name in line]
         words = [f"{name.removesuffix('_density')} {line[name]:.3g}" for name in shown]
-        self.words = ", ".join(words)
+        self.words = ", ".join(words)                    # for the bar, which `steps` shows
 
     def is_finished(self, stage):
         return stage in self.state["scores"]

@@ -25,8 +25,8 @@ class Question:
     text: str
     context: str
     answers: list[str]                       # every text that counts as right
-    offset: int | None = None                # where the first answer should begin
-    span: tuple[int, int] | None = None      # where it does begin and end, if training needs it
+    offset: int | None = None                # where the first answer begins, as the file says
+    span: tuple[int, int] | None = None      # where it was found to begin and end, for training
     may_be_empty: bool | None = False        # may "" (no answer) be right, as in SQuAD v2.0?
     file: str | Path = field(default="", repr=False)                   # where it stands, for errors
 
@@ -52,7 +52,7 @@ def read(path, train=False, columns=None):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
                     question = read_question(entry, context, path)
-                    v2 |= not question.answers
+                    v2 |= not question.answers                  # one such makes it version 2.0
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
@@ -100,8 +100,9 @@ def text_of(entry, key):
 
 
 def example(question, answers, path):
-    """A question about the text of a file, for `--ask`. Raises ValueError or OSError.
+    """A question about the text of a file, for `--ask`; answers: the one to write a question for.
 
+    Raises ValueError or OSError.
     Whether "" may be right isn't known here (None): the model decides.
     """
     if not path:

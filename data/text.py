@@ -59,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer.no_padding()
         if kind.startswith("Bert"):
             apply_settings(tokenizer, settings, path)
-        tokenizer.encode("\u2603")             # if it panics over an unknown character, then now
+        tokenizer.encode("\u2603")             # some panic over an unknown character: better now
     except KeyboardInterrupt:
         raise
     except BaseException as error:             # a panic of the library is a BaseException only
@@ -118,7 +118,7 @@ def split(items, size):
 
 def collate(windows, device):
     """The model's inputs (input_ids, attention_mask, token_type_ids), (B, T) each; targets (N,)."""
-    ids = pad_sequence([w.ids for w in windows], batch_first=True)    # (B, T); padding isn't seen
+    ids = pad_sequence([w.ids for w in windows], batch_first=True)    # (B, T); 0 is padding
     length = torch.tensor([[len(w.ids)] for w in windows])                             # (B, 1)
     first = torch.tensor([[w.first] for w in windows])                                 # (B, 1)
     position = torch.arange(ids.shape[1])                                              # (T,)
@@ -131,7 +131,7 @@ def collate(windows, device):
 
 @torch.inference_mode()
 def run_model(model, windows, call=None):
-    """The index of each window, in no particular order, and what the model makes of it.
+    """Yields the index of each window, in no particular order, and what the model makes of it.
 
     call: a function of the model's inputs, to be called instead of the model (to write text).
     Raises ArithmeticError for logits that are not finite.
