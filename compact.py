@@ -290,7 +290,7 @@ def measurements(model, other, batch):
     """A row of the table: size and time of `other`, and its speed over `model`."""
     config = other.config
     milliseconds = 1000 * seconds(other, batch)
-    median, low, high = (1.0, 1.0, 1.0) if other is model else speedup(model, other, batch)
+    median, low, high = [1.0] * 3 if other is model else speedup(model, other, batch)
     return (f"{sum(map(Tensor.numel, other.parameters())):,}", sum(config.heads_per_layer),
             sum(config.ffn_per_layer), f"{milliseconds:.1f}", f"{median:.2f}x",
             f"{low:.2f} to {high:.2f}")

@@ -380,9 +380,9 @@ def load_checkpoint(kind, folder):
     path = folder / "config.json"
     values = read_json(path)
     file, tensors = read_weights(folder)
-    tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
-    rows = len(tensors.get("classifier.weight", ()))     # one for each label
     try:
+        tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
+        rows = len(tensors.get("classifier.weight", ()))                    # one for each label
         with torch.device("meta"):                 # only shapes: no memory is taken until checked
             model = kind(config_from_json(values, rows))
     except Exception as error:                     # nonsense raises anything
@@ -475,7 +475,7 @@ def check_unread(file, names):
 def checked_weight(file, name, tensor, shape):
     """A weight of the file as the model needs it, in float32. Raises ValueError."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{file}: {name!r} is {tensor or 'missing'}, not of floats; is it BERT's?")
+        raise ValueError(f"{file}: {name!r} is {tensor or 'missing'}; is it a BERT, of floats?")
     if tensor.shape != shape or not tensor.is_floating_point():
         raise ValueError(f"{file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, not "
                          f"float {list(shape)} as in config.json; get both again")

@@ -421,7 +421,7 @@ def test_weights_that_are_missing_or_odd_are_named(tmp_path):
         assert name in message and "model.safetensors: " in message and word in message
     raw = (folder / "model.safetensors").read_bytes().replace(b'"F16"', b'"I16"')
     (folder / "model.safetensors").write_bytes(raw)
-    assert f"{name!r} is I16, not of floats" in error_of(opened, folder)
+    assert f"{name!r} is I16; is it a BERT, of floats?" in error_of(opened, folder)
     for names, words in rows_of(ODD_NAMES):
         old, new = names.split(" -> ")
         odd = {key.replace(old, new): tensor for key, tensor in good.items()}
@@ -445,7 +445,7 @@ layer.2. -> layer.7. | layer.7.output.dense.weight has no place in the layers
 query.weight -> query.base_layer.weight | merge adapters
 query.weight -> query.lora_A.weight+ | merge adapters
 key.weight -> key.parametrizations.weight.original | bake masks
-bert. -> backbone. | 'bert.embeddings.word_embeddings.weight' is missing
+bert. -> backbone. | 'bert.embeddings.word_embeddings.weight' is missing; is it a BERT
 """
 
 
@@ -1813,6 +1813,7 @@ BAD_TRAIN = """
 --density nan | nan is not 0 to 1
 --density 0.5 --speedup 2 | not allowed with
 --density 0.5 --lambda 1 1 | not allowed with
+--predict {dev} | --predict needs --eval
 --speedup 0.9 | --speedup must be at least 1
 --speedup nan | --speedup must be at least 1
 --speedup 2 --method soft-movement | a --method that ranks

@@ -37,7 +37,7 @@ def fetch(url, path, optional=False):
             shutil.unpack_archive(part, DATA, "zip")
         part.replace(path)
     except (OSError, HTTPException) as error:
-        if not (optional and "404" in str(error)):
+        if not optional or "404" not in str(error):
             print(f"download.py: {url}: {error}; try again", file=sys.stderr)
             sys.exit(2)
     finally:

@@ -31,7 +31,7 @@ def count(text):
 
 
 def numbers(text):
-    return [int(number) for number in text.split(",")]
+    return list(map(int, text.split(",")))
 
 
 def add_data_flags(parser):
@@ -145,8 +145,9 @@ def parse_compact(argv, description):
 
 def check(args):
     """Settings of a run that make no sense, alone or together, raise ValueError."""
-    if bool(args.train) != bool(args.dev) or not args.model:
-        raise ValueError("--train and --dev need each other and --model: give all three")
+    if bool(args.train) != bool(args.dev) or not args.model or args.predict:
+        raise ValueError("--train and --dev need each other and --model: give all three; and "
+                         "--predict needs --eval")
     for path in filter(None, (args.model, args.teacher, args.train, args.dev)):
         for name in STAGES:
             if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
