@@ -97,7 +97,8 @@ def with_labels(sentences, path):
     note(f"{path}: {len(counts)} labels, and their rows: {str(dict(counts.most_common(9)))[:300]}; "
          f"left out without a label: {len(sentences) - len(labelled)}")
     if any(re.fullmatch(r"[-+]?\d*\.\d+", str(label)) for label in counts):
-        raise ValueError(f"{path}: labels with decimals are scores; only classes can be learnt")
+        raise ValueError(f"{path}: labels with decimals are scores, and only classes can be learnt; "
+                         "write a class as a word or a whole number")
     return labelled
 
 
