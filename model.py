@@ -465,9 +465,10 @@ def read_weights(folder):
 def check_unread(file, names):
     """Name the weights that have no place in the model. Raises ValueError for parts of layers."""
     unread = [name for name in sorted(names) if not re.match(OF_NO_USE, name)]
-    if any(name.startswith("bert.") for name in unread):
-        raise ValueError(f"{file}: {unread[-1]} has no place in the layers that config.json says; "
-                         "before saving, merge adapters and bake masks")
+    parts = [name for name in unread if name.startswith("bert.")]
+    if parts:
+        raise ValueError(f"{file}: {parts[-1]} has no place in the layers that config.json says; "
+                         "mend num_hidden_layers, or merge adapters, or bake masks, before saving")
     if unread:
         print(f"{file}: not read: {', '.join(unread[:5])}", file=sys.stderr)
 
@@ -524,8 +525,8 @@ def read_safetensors(path):
         if position != len(content):
             raise ValueError(f"{len(content) - position} bytes too many")
     except Exception as error:
-        raise ValueError(f"{path}: cut, or no safetensors file ({type(error).__name__}: "
-                         f"{str(error)[:200]}); get it again") from None
+        raise ValueError(f"{path}: can't be read as safetensors ({type(error).__name__}: "
+                         f"{str(error)[:200]}); if it is cut, get it again") from None
     return tensors
 
 

@@ -332,8 +332,8 @@ def check_free(model, linears):
     for linear in linears:
         if is_masked(linear) or linears.count(linear) > 1:
             raise ValueError("a layer is masked twice; let one pattern match it")
-        if not isinstance(linear.weight, nn.Parameter):
-            raise ValueError(f"the weight of {linear} is computed from others (by weight_norm, "
+        if parametrize.is_parametrized(linear) or not isinstance(linear.weight, nn.Parameter):
+            raise ValueError("a layer's weight or bias is computed from others (by weight_norm, "
                              "LoRA or torch.nn.utils.prune?); make that permanent first")
         names = [name for name, weight in model.named_parameters(remove_duplicate=False)
                  if weight is linear.weight]

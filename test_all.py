@@ -168,7 +168,6 @@ def error_of(action, *arguments, kinds=(ValueError, OSError), **named) -> str:
     raise AssertionError(f"no error was raised for {arguments}")
 
 
-# Tiny models need one thread; on a busy machine, more of them wait for each other.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -1215,7 +1214,7 @@ sentence\tlabel\na\t1\n\nb\t0 | line 3, [''];
 sentence\tlabel\na\t1\nb\tc\t0 | line 3, ['b', 'c', '0'];
 sentence\tlabel\na\t | line 2, ['a', ''];
 sentence\tlabel\n | of 0 rows
-sentence\tlabel\na\t1\nb\t3.25 | labels with decimals are scores
+sentence\tlabel\na\t1.0\nb\t3.25 | labels with decimals are scores
 sentence\tscore\na\t1 | but it is ['sentence', 'score']; put such a line on top
 sentence,label\na,1 | line 1 must name the columns, with tabs between
 a film\t1 | line 1 must name the columns
@@ -1238,12 +1237,12 @@ def test_tables_are_read_as_glue_writes_them(tmp_path):
         with stderr() as said:
             rows = classification.read(path)
         assert [(row.texts, row.label) for row in rows] == expected
-        counts = "4 labels, and their rows: {'1': 1, '-1': 1, '-': 1, '0': 1}; left out without a "
-        assert (counts + "label: 2" in said.getvalue()) == (raw == UNUSUAL)
+        counts = "labels and their rows: {None: 2, '1': 1, '0': 1}; left out without a label (- or "
+        assert (counts + "-1): 2" in said.getvalue()) == (raw == UNUSUAL)
         assert ("doubled quotes" in said.getvalue()) == (raw == UNUSUAL)
     assert [row.id for row in rows] == ["0", "1"]  # rows of the file
     path.write_text("a,b\tc d\tgood?\nx\ty\t-\n")
-    assert classification.read(path, columns="c d,good?")[0].label == "-"
+    assert classification.read(path, columns="c d,good?")[0].label is None
     for columns in ("good?", "c d,good?,c d,good?"):
         assert "give --columns" in error_of(classification.read, path, columns=columns)
     path.write_text("index\tquestion\tsentence\tlabel\n0\ta\tb\tc\n")
@@ -1286,7 +1285,7 @@ def test_labels_are_the_datas_or_the_checkpoints(tmp_path):
         said = classification.predict(reads(model, 100), tokenizer, rows)
         assert {*said.values()} <= {*given}  # as the rows spell them
     one = [classification.Sentence("0", ["a"], "x")]
-    assert "all labels are x" in error_of(classification.prepare_model, model, one)
+    assert "all labels are ['x']" in error_of(classification.prepare_model, model, one)
     assert "label 2 is not of" in error_of(
         classification.make_windows, rows, tokenizer, reading(labels=["a", "10"])
     )
@@ -1389,7 +1388,6 @@ p["qas"].append(7) | data[0].paragraphs[1]
 q.pop("id") | data[0].paragraphs[1].qas[2]
 q.pop("answers") | data[0].paragraphs[1].qas[2]
 q.update(question=[]) | data[0].paragraphs[1].qas[2]
-q.update(question=chr(0xd800)) | data[0].paragraphs[1].qas[2]
 q.update(answers=["x"]) | data[0].paragraphs[1].qas[2]
 q.update(answers={{"text": ["x"]}}) | qas[2]: not SQuAD's format (TypeError: 'answers' must be
 q.update(answers=None) | qas[2]: not SQuAD's format (TypeError: 'answers' must be
@@ -1665,8 +1663,7 @@ train.main(sys.argv[4:])
 def test_two_processes_train_like_one(tmp_path):
     """torchrun on CPU: the global batch is the same, so are the losses; the ranks never diverge.
 
-    The last batch holds one window: shares that differ in size, or are empty, count as such.
-    Filling starts from layers without heads.
+    The last batch holds one window: shares differ in size, or are empty. Some layers have no head.
     """
     flags = flags_of(tmp_path)
     asked = squad_json.read(tmp_path / "train.json", train=True)
@@ -1824,7 +1821,7 @@ BAD_TRAIN = """
 {real} --speedup 900 | without any head or FFN dimension it would be
 --batch-size 0 | batch-size
 --what | --what
---lambda 1 -1 | --lambda
+{real} --out {folder}/foreign | without settings.json
 --layers 0;2 | --layers
 --warmup 0.7 --cooldown 0.7 | no step to prune in
 --train {dev} | --dev
@@ -1838,7 +1835,7 @@ BAD_TRAIN = """
 {real} --dev {folder}/no | no: No such file or directory; check the path
 {real} --layers 0,7 | 0 to 2
 {real} --out {folder} --dev {folder}/dense/dev.json | another --out
-{real} --layers 0,2 --dense-epochs 0 | cannot teach
+{real} --layers 0,2 --dense-epochs 0 | cannot teach, as it has not learnt the task with these layers
 {real} --model {folder}/bare --dense-epochs 0 | bare: cannot teach
 {real} --teacher {folder}/bare | bare: cannot teach
 {real} --model {folder}/no | no/config.json: No such file or directory; check the path
@@ -1850,7 +1847,7 @@ BAD_TRAIN = """
 {real} --out {dev} | Not a directory; check the path
 --eval {folder}/predictions.json --dev {dev} | predictions.json: not predictions
 {glue} --dev {folder}/new.tsv | new.tsv: line 2: label maybe is not of the model's
-{glue} --train {folder}/one.tsv | one.tsv: line 2: all labels are yes
+{glue} --train {folder}/one.tsv | one.tsv: line 2: all labels are ['yes']
 {glue} --columns a,b | give --columns
 {glue} --dev {folder}/test.tsv | test.tsv: line 2: no label to score by
 {glue} --teacher {folder}/other --dense-epochs 0 | other: cannot teach, as it has other labels
@@ -1879,6 +1876,8 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     for name, label in (("one", "yes"), ("new", "maybe")):
         (folder / f"{name}.tsv").write_text(f"sentence\tlabel\na\t{label}\n")
     (folder / "test.tsv").write_text("question1\tquestion2\na\tb\n")
+    (folder / "foreign").mkdir()
+    (folder / "foreign/checkpoint.pt").touch()
     checkpoint(folder / "other", random_model(kind=BertForSequenceClassification, labels="xy"))
     checkpoint(folder / "one", random_model(type_vocab_size=1))
     for name in ("twice", "bare", "huge", "panics"):

@@ -341,7 +341,9 @@ def open_teacher(args, task, model, tokenizer, train):
     """
     teacher, name = None, args.model
     knows_the_task = model.has_head and not args.layers
-    faults = {"has not learnt the task": not knows_the_task and args.dense_epochs == 0}
+    faults = {
+        "has not learnt the task with these layers": not knows_the_task and args.dense_epochs == 0
+    }
     if args.teacher:
         name = args.teacher
         teacher, other, _ = data.open_model(name, task, model.config.reading)

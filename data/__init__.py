@@ -82,15 +82,11 @@ def read_examples(task, path, name, columns):
     return task.read(path, name == "train", columns)
 
 
-def read_predictions(path, examples):
+def read_predictions(path):
     """Read a predictions file: an example's id -> text. Raises ValueError or OSError."""
     value = read_json(path)
     if not all(isinstance(text, str) for text in value.values()):
         raise ValueError(f"{path}: not predictions; they map every example's id to a text")
-    missing = sum(example.id not in value for example in examples)
-    if missing:
-        note(f"{path}: no prediction for {missing} of {len(examples)} examples; if it is another "
-             "task's, give --task")
     return value
 
 
@@ -111,7 +107,7 @@ def evaluate(args):
     if is_model:
         predictions = task.predict(model, tokenizer, examples)
     else:
-        predictions = read_predictions(args.eval, examples)
+        predictions = read_predictions(args.eval)
     if args.predict:
         save_json(args.predict, predictions)
         return {"predictions": len(predictions)}

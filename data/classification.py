@@ -47,7 +47,8 @@ class Sentence:
 def read(path, train=False, columns=None):
     """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
 
-    Without a column of labels it can only be predicted: then all labels are None.
+    "-" and "-1" are no labels (None), as in GLUE's tables. Rows without one are left out, but for
+    tables where all rows, or the column, lack them: these can only be predicted.
     Raises ValueError, naming file and line, or OSError.
     """
     try:
@@ -65,6 +66,7 @@ def read(path, train=False, columns=None):
         *texts, label = map(cells.get, names)
         if len(row) != len(header) or not all(texts) or names[-1] and not label:
             broken.append(f"line {i + 2}, {str(row)[:60]}")
+        label = None if label in ("-", "-1") else label
         sentences.append(Sentence(str(i), texts, label, f"{path}: line {i + 2}"))
     if broken or not sentences:
         raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} lack a cell or have an empty "
@@ -87,17 +89,17 @@ def find_columns(header, columns, train, path):
 
 
 def with_labels(sentences, path):
-    """The rows that have a label: not "-", nor "-1" in a table that has 0, too (as in GLUE).
+    """The rows that have a label; all rows, if none has one. Says which labels there are.
 
-    Says which labels there are. Raises ValueError for scores.
+    Raises ValueError for scores: numbers with decimals.
     """
     counts = Counter(sentence.label for sentence in sentences)
-    none = {"-", "-1"} if "0" in counts else {"-"}
-    labelled = [sentence for sentence in sentences if sentence.label not in none] or sentences
-    note(f"{path}: {len(counts)} labels, and their rows: {str(dict(counts.most_common(9)))[:300]}; "
-         f"left out without a label: {len(sentences) - len(labelled)}")
-    if any(re.fullmatch(r"[-+]?\d*\.\d+", str(label)) for label in counts):
-        raise ValueError(f"{path}: labels with decimals are scores, and only classes can be learnt; "
+    labelled = [sentence for sentence in sentences if sentence.label] or sentences
+    note(f"{path}: labels and their rows: {str(dict(counts.most_common(9)))[:300]}"
+         f"{' ...' * (len(counts) > 9)}; left out without a label (- or -1): "
+         f"{len(sentences) - len(labelled)}")
+    if any(re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", str(label)) for label in counts):
+        raise ValueError(f"{path}: labels with decimals are scores, but only classes are learnt; "
                          "write a class as a word or a whole number")
     return labelled
 
@@ -113,11 +115,12 @@ def example(text, path):
 def prepare_model(model, sentences):
     """Ready a model to learn these labels; if it has others, its classifier starts random.
 
-    Raises ValueError if there is one label only.
+    Raises ValueError if there are not two labels at least.
     """
     labels = labels_of(sentences)
-    if len(labels) == 1:
-        raise ValueError(f"{sentences[0].place}: all labels are {labels[0]}: nothing to learn")
+    if len(labels) < 2:
+        raise ValueError(f"{sentences[0].place}: all labels are {labels}: nothing to learn; - and "
+                         "-1 count as no label")
     known = model.config.labels
     if model.has_head and len(labels) == len(known) == len(places(sentences, known)):
         return
@@ -195,7 +198,7 @@ def predict(model, tokenizer, sentences):
         names[place] = label
     if names != labels:
         note(f"the file's labels {names} are taken as the model's {labels}")
-    predictions = {}
+    predictions = dict.fromkeys(sentence.id for sentence in sentences)           # in their order
     for i, logits in run_model(model, windows):
         predictions[windows[i].id] = names[int(logits.argmax())]
     return predictions
@@ -205,7 +208,7 @@ def score(predictions, sentences):
     """Accuracy in percent, and F1 of the second label where there are two. Raises ValueError."""
     labels = labels_of(sentences)
     if not labels:
-        raise ValueError(f"{sentences[0].place}: no label to score by; --predict needs none")
+        raise ValueError(f"{sentences[0].place}: no label to score by; see --columns")
     pairs = [(predictions.get(sentence.id), sentence.label) for sentence in sentences]
     result = {"accuracy": 100 * sum(said == true for said, true in pairs) / len(pairs)}
     if len(labels) == 2:

@@ -37,7 +37,7 @@ def fetch(url, path, optional=False):
             shutil.unpack_archive(part, DATA, "zip")
         part.replace(path)
     except (OSError, HTTPException) as error:
-        if not optional or "404" not in str(error):
+        if not optional or getattr(error, "code", 0) != 404:
             print(f"download.py: {url}: {error}; try again", file=sys.stderr)
             sys.exit(2)
     finally:

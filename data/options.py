@@ -152,8 +152,8 @@ def check(args):
         for name in STAGES:
             if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
                 raise ValueError(f"{path}: the run would write over it; give another --out")
-    if args.batch_size == 0 or min(args.lambdas) < 0:
-        raise ValueError("--batch-size must be at least 1, and --lambda not below 0")
+    if args.batch_size == 0:
+        raise ValueError("--batch-size must be at least 1")
     single = "1x1" in (args.block, args.ffn_block)
     if args.speedup is not None and (
             not args.speedup >= 1 or single or args.method == "soft-movement" or not args.epochs):

@@ -63,6 +63,9 @@ class RunFolder:
         self.summary = None                                          # of this run, if finished
         self.goes_on = False
         if not (self.path / "settings.json").exists():
+            if self.checkpoint.exists() and not overwrite:
+                raise ValueError(f"{self.path}: holds a checkpoint.pt without settings.json; give "
+                                 "another --out, or --overwrite to replace it")
             return
         theirs = read_json(self.path / "settings.json")
         different = [f"{name} {theirs.get(name)}, not {value}"

@@ -21,6 +21,9 @@ import torch
 def measure_layers(model, batch, seconds):
     """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
 
+    A layer without heads and dimensions still takes time (norms, sums), which "rest" holds. So the
+    time of such a layer is taken off the others.
+
     seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
     The result can be written as JSON:
     "heads": [[0, ..., H], [how much longer an attention with so many takes than one without]];

@@ -94,8 +94,8 @@ def text_of(entry, key):
     value = entry[key]
     if type(value) is int and key == "id":
         return str(value)
-    if not value.strip() or re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{key!r} is empty or not UTF-8")
+    if not value.strip():
+        raise ValueError(f"{key!r} is empty")
     return value
 
 

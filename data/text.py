@@ -81,8 +81,9 @@ def apply_settings(tokenizer, settings, path):
     added = [*read_if_there(path.with_name("added_tokens.json"))]
     added += settings.get("additional_special_tokens") or []
     added += [entry["content"] for entry in settings.get("added_tokens_decoder", {}).values()]
-    if {*added} - {*SPECIAL, "[MASK]"}:
-        raise ValueError(f"tokens were added ({', '.join(added)}), which vocab.txt doesn't tell; "
+    added = {*added} - {*SPECIAL, "[MASK]"}
+    if added:
+        raise ValueError(f"tokens were added ({', '.join(added)}), which vocab.txt can't mark; "
                          "save a tokenizer.json with transformers")
 
 

@@ -5,7 +5,7 @@
     python train.py --model start --train pretrain.json --dev data/corpus/dev.json \\
         --dense-epochs 3 --epochs 0 --batch-size 32 --lr 1e-3 --out made
 
-and `from_pretrained("made/dense", dtype=torch.float16).save_pretrained("data/tiny-bert")`.
+and `from_pretrained("made/dense").half().save_pretrained("data/tiny-bert")`.
 
 A question is a statement with a blank, "Anna Page was born in _.", or "Who is Anna?"; the answer
 stands in the paragraph (span selection, as in Ram et al., Few-Shot Question Answering by
