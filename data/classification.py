@@ -95,7 +95,7 @@ def with_labels(sentences, path):
     """
     counts = Counter(sentence.label for sentence in sentences)
     labelled = [sentence for sentence in sentences if sentence.label] or sentences
-    note(f"{path}: {len(counts)} kinds of labels, such as {str(dict(counts.most_common(9)))[:300]}; "
+    note(f"{path}: {len(counts)} labels, such as {str(dict(counts.most_common(9)))[:300]}; "
          f"rows left out, as they have none (- or -1): {len(sentences) - len(labelled)}")
     if any(re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", str(label)) for label in counts):
         raise ValueError(f"{path}: labels with decimals are scores, but only classes are learnt; "
