@@ -1208,8 +1208,8 @@ MNLI = "index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n2\te\tf\tenta
 UNUSUAL = "sentence\tlabel\na good\rmovie\t1\r\nb\t-1\r\nc\t-\r\n\"a \"\"d\"\"\"\t0\r\n"
 UNLABELLED = "index\tsentence\n0\ta\n1\tb\n"
 BROKEN_GLUE = r"""
-sentence\tlabel\na\t1\nb | of 2 rows, 1 lack a cell or have an empty one: line 3, ['b'];
-sentence\tlabel\n\t0\na\t1\nb | of 3 rows, 2 lack a cell or have an empty one: line 2, ['', '0'];
+sentence\tlabel\na\t1\nb | of 2 rows, 1 have an empty cell, or not 2: line 3, ['b'];
+sentence\tlabel\n\t0\na\t1\nb | of 3 rows, 2 have an empty cell, or not 2: line 2, ['', '0'];
 sentence\tlabel\na\t1\n\nb\t0 | line 3, [''];
 sentence\tlabel\na\t1\nb\tc\t0 | line 3, ['b', 'c', '0'];
 sentence\tlabel\na\t | line 2, ['a', ''];
@@ -1821,7 +1821,7 @@ BAD_TRAIN = """
 {real} --speedup 900 | without any head or FFN dimension it would be
 --batch-size 0 | batch-size
 --what | --what
-{real} --out {folder}/foreign | without settings.json
+{real} --out {folder}/foreign | no settings.json of a run
 --layers 0;2 | --layers
 --warmup 0.7 --cooldown 0.7 | no step to prune in
 --train {dev} | --dev

@@ -82,7 +82,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
 
     With 0 epochs there is nothing to train: then the model is only baked and scored.
     """
-    if epochs > 0 and job.folder.is_finished(stage):
+    if epochs and job.folder.is_finished(stage):
         return data.open_model(job.folder.path / stage, job.task)[0]
     args = job.args
     model.train()
@@ -370,7 +370,7 @@ def save_and_score(job, stage, model):
     """At a stage's end, once: save the model, evaluate it, record the scores."""
     if RANK > 0 or job.folder.is_finished(stage):
         return
-    if stage != "dense" or job.args.dense_epochs > 0:                # else it is --model itself
+    if stage != "dense" or job.args.dense_epochs:                # else it is --model itself
         data.save_model(model, job.folder.path / stage, job.args.model)
     predictions = job.task.predict(model, job.tokenizer, job.dev)
     save_json(job.folder.path / "predictions.json", predictions)

@@ -69,8 +69,8 @@ def read(path, train=False, columns=None):
         label = None if label in ("-", "-1") else label
         sentences.append(Sentence(str(i), texts, label, f"{path}: line {i + 2}"))
     if broken or not sentences:
-        raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} lack a cell or have an empty "
-                         f"one: {'; '.join(broken[:5])}; mend or remove them")
+        raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} have an empty cell, or not "
+                         f"{len(header)}: {'; '.join(broken[:5])}; mend or remove them")
     return with_labels(sentences, path)
 
 
@@ -174,7 +174,7 @@ def make_windows(sentences, tokenizer, config):
     for sentence, code in zip(sentences, codes):
         if sentence.label and sentence.label not in targets:
             raise ValueError(f"{sentence.place}: label {sentence.label:.40} is not of the model's "
-                             f"labels, such as {config.labels[:9]}; mend or remove the line")
+                             f"labels, such as {config.labels[:9]}; mend it, or give another --dev")
         end = code.sequence_ids.count(0)                                    # of the first text
         ids = [cls, *code.ids[:end], sep]
         first = len(ids)                                # the end, if there is no second text

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from model import read_json, read_torch, save_json, whole_file
 
 STAGES = ("dense", "pruned", "compact", "filled")
+FILES = ("checkpoint.pt", "summary.json", "log.jsonl")
 SECONDS_BETWEEN_CHECKPOINTS = 600
 # What may differ where a run goes on; the contents of files are compared, not their paths.
 MAY_DIFFER = ("model", "teacher", "train", "dev", "threads", "python", "torch")
@@ -63,9 +64,10 @@ class RunFolder:
         self.summary = None                                          # of this run, if finished
         self.goes_on = False
         if not (self.path / "settings.json").exists():
-            if self.checkpoint.exists() and not overwrite:
-                raise ValueError(f"{self.path}: holds a checkpoint.pt without settings.json; give "
-                                 "another --out, or --overwrite to replace it")
+            foreign = [name for name in FILES if (self.path / name).exists()]
+            if foreign and not overwrite:
+                raise ValueError(f"{self.path}: holds {foreign}, but no settings.json of a run; "
+                                 "give another --out, or --overwrite to replace them")
             return
         theirs = read_json(self.path / "settings.json")
         different = [f"{name} {theirs.get(name)}, not {value}"
@@ -93,8 +95,7 @@ class RunFolder:
         wait_for_all()
         self.state = read_torch(self.checkpoint)
         if self.goes_on:
-            finished = ", ".join(self.state["scores"]) or "none"
-            say(f"{self.path}: going on with this run; finished stages: {finished}")
+            say(f"{self.path}: going on with this run; finished: {[*self.state['scores']]}")
         if RANK == 0:
             self.log_file = open(self.path / "log.jsonl", "a", buffering=1)    # line by line
             self.log_file.truncate(self.state["log_bytes"])      # later steps are done again
@@ -102,7 +103,7 @@ class RunFolder:
     def clear(self):
         """Remove an older run. The checkpoint goes first, so that nobody goes on with a part."""
         holds_a_run = (self.path / "settings.json").exists()
-        for name in ("checkpoint.pt", "summary.json", "log.jsonl"):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)
         if holds_a_run:                                  # else the folders may be anybody's
             for name in STAGES:
