@@ -1877,7 +1877,7 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
         (folder / f"{name}.tsv").write_text(f"sentence\tlabel\na\t{label}\n")
     (folder / "test.tsv").write_text("question1\tquestion2\na\tb\n")
     (folder / "foreign").mkdir()
-    (folder / "foreign/checkpoint.pt").touch()
+    (folder / "foreign/dense").touch()
     checkpoint(folder / "other", random_model(kind=BertForSequenceClassification, labels="xy"))
     checkpoint(folder / "one", random_model(type_vocab_size=1))
     for name in ("twice", "bare", "huge", "panics"):

@@ -64,7 +64,7 @@ class RunFolder:
         self.summary = None                                          # of this run, if finished
         self.goes_on = False
         if not (self.path / "settings.json").exists():
-            foreign = [name for name in FILES if (self.path / name).exists()]
+            foreign = [name for name in FILES + STAGES if (self.path / name).exists()]
             if foreign and not overwrite:
                 raise ValueError(f"{self.path}: holds {foreign}, but no settings.json of a run; "
                                  "give another --out, or --overwrite to replace them")
