@@ -98,7 +98,8 @@ def delete(keep, writers, reader, constants=None):
     constants (n,): what the reader gets from each unit, if it is deleted; None if that is 0.
     """
     if any(map(parametrize.is_parametrized, [*writers, reader])):
-        raise ValueError("a weight is still masked or computed otherwise; call bake(model) first")
+        raise ValueError("a layer still has a mask, or another parametrization; call bake(model), "
+                         "or remove the other, first")
     if constants is not None:
         fold_into_bias(reader, ~keep, constants[~keep])
     for linear in writers:

@@ -1,6 +1,6 @@
 """Task generation: write the question that an answer answers; score it by BLEU and ROUGE-L.
 
-One idea: source and target stand in one window, and a mask makes the target unseen ahead of time.
+One idea: source and target stand in one window, and a mask hides the later words of the target.
 
     [CLS] answer [SEP] context around the answer      the source, type 0: every token sees it all
     [SEP] q1 q2 .. qn                                 the target, type 1: predicts q1 q2 .. qn [SEP]

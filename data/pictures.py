@@ -1,10 +1,10 @@
 """Tables and layers.svg.
 
-One idea: what a run prints and draws comes from numbers alone, those of summary.json.
+One idea: what a run prints and draws comes from numbers alone; no model is needed.
 """
 from data.run import STAGES
 
-BLUE, GREY = "#2f81f7", "#57606a"                   # on a white ground, on dark pages, too
+BLUE, GREY = "#2f81f7", "#57606a"                   # the picture brings its white ground along
 
 
 def table(rows):

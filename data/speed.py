@@ -36,8 +36,8 @@ def measure_layers(model, batch, seconds):
     make_layer = type(model.layers[0])
     ids, attention_mask, types = batch
     heads = [*range(config.num_attention_heads + 1)]
-    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. All are
-    # odd, since multiples of 16 would be faster than most of what pruning leaves.
+    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. Those
+    # between are odd, since multiples of 16 would be faster than most of what pruning leaves.
     widths = [config.intermediate_size * i * i // 64 for i in range(9)]
     widths[1:8] = [width + 1 - width % 2 for width in widths[1:8]]
     none = [0] * len(model.layers)
