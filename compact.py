@@ -217,7 +217,7 @@ def linear_weights(layers, count=Tensor.numel):
 def sizes(model, small):
     """What summary.json says about the size of a pruned model and of its compact copy."""
     before, after = model.config, small.config
-    total = max(1, linear_weights(model.layers))
+    total = linear_weights(model.layers)
     return {
         "density": linear_weights(model.layers, Tensor.count_nonzero) / total,
         "compact_density": linear_weights(small.layers) / total,
@@ -247,7 +247,7 @@ def main(argv=None):
     elif args.ask:
         model, tokenizer, task = data.open_model(args.model)
         example = task.example(args.ask, args.context)
-        print(task.predict(model, tokenizer, [example])["--ask"])
+        print(task.predict(model, tokenizer, [example])[example.id])
     else:
         delete_or_compare(args)
 
@@ -266,7 +266,6 @@ def delete_or_compare(args):
     else:
         small = compact(model)
         print(f"largest difference in logits: {largest_difference(model, small, inputs):.1e}\n")
-    if args.target:
         data.save_model(small, args.target, args.model)
     rows = [("model", task.HEADLINE, "parameters", "heads", "FFN dim.", "ms", "speed", "quartiles")]
     for name, other in ((args.model, model), (args.compare or args.target, small)):

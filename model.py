@@ -44,6 +44,7 @@ class Reading:
     max_answer: int = 30                         # tokens in an answer
     null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
+    texts: int = 0                               # a classifier's, in a window; 0: not known
 
 
 @dataclass

@@ -40,15 +40,15 @@ COLUMNS = [                                  # one or two texts, and the label
 class Sentence:
     id: str                                  # its row, counted from 0
     texts: list[str]                         # one, or two
-    label: str | None
+    label: str | None                        # "" or None: it has none
     place: str = field(default="", repr=False)                    # file and line, for errors
 
 
 def read(path, train=False, columns=None):
     """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
 
-    "-" and "-1" are no labels (None), as in GLUE's tables. Rows without one are left out, but for
-    tables where all rows, or the column, lack them: these can only be predicted.
+    Nothing, "-" and "-1" are no labels (""), as in GLUE's tables. Rows without one are left out,
+    but for tables where all rows, or the column, lack them: these can only be predicted.
     Raises ValueError, naming file and line, or OSError.
     """
     try:
@@ -64,12 +64,12 @@ def read(path, train=False, columns=None):
     for i, row in enumerate(rows):
         cells = dict(zip(header, map(str.strip, row)))
         *texts, label = map(cells.get, names)
-        if len(row) != len(header) or not all(texts) or names[-1] and not label:
+        if len(row) != len(header) or not all(texts):
             broken.append(f"line {i + 2}, {str(row)[:60]}")
-        label = None if label in ("-", "-1") else label
+        label = "" if label in ("-", "-1") else label           # "": it has none
         sentences.append(Sentence(str(i), texts, label, f"{path}: line {i + 2}"))
     if broken or not sentences:
-        raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} have an empty cell, or not "
+        raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} have an empty text, or not "
                          f"{len(header)}: {'; '.join(broken[:5])}; mend or remove them")
     return with_labels(sentences, path)
 
@@ -96,7 +96,7 @@ def with_labels(sentences, path):
     counts = Counter(sentence.label for sentence in sentences)
     labelled = [sentence for sentence in sentences if sentence.label] or sentences
     note(f"{path}: {len(counts)} labels, such as {str(dict(counts.most_common(9)))[:300]}; "
-         f"rows left out, as they have none (- or -1): {len(sentences) - len(labelled)}")
+         f"rows left out, as they have none (empty, - or -1): {len(sentences) - len(labelled)}")
     if any(re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", str(label)) for label in counts):
         raise ValueError(f"{path}: labels with decimals are scores, but only classes are learnt; "
                          "write a class as a word or a whole number")
@@ -108,7 +108,7 @@ def example(text, path):
     texts = [text]
     if path:
         texts.append(Path(path).read_text(encoding="utf-8-sig", errors="replace"))
-    return Sentence("--ask", texts, None)
+    return Sentence(text, texts, None, "--ask")
 
 
 def prepare_model(model, sentences):
@@ -116,14 +116,15 @@ def prepare_model(model, sentences):
 
     Raises ValueError if there are not two labels at least.
     """
+    model.config.reading.texts = len(sentences[0].texts)
     labels = labels_of(sentences)
     if len(labels) < 2:
         raise ValueError(f"{sentences[0].place}: all labels are {labels}: nothing to learn; - and "
                          "-1 count as no label")
-    known = model.config.labels
-    if model.has_head and len(labels) == len(known) == len(places(sentences, known)):
-        return
     if model.has_head:
+        known = model.config.labels
+        if len(labels) == len(known) == len(places(sentences, known)):
+            return
         note(f"the labels are {labels}, not {known}: the classifier starts random")
     model.set_labels(labels)
     model.has_head = False
@@ -161,12 +162,18 @@ def places(sentences, labels):
 def make_windows(sentences, tokenizer, config):
     """A window for every row; long texts are cut, the longer of two first.
 
-    Raises ValueError for a label that is none of `config.labels`.
+    Raises ValueError for a label that is none of `config.labels`, and for one text where the model
+    has learnt from pairs, or the other way round.
     """
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     length = config.reading.max_length
+    texts = len(sentences[0].texts)
+    learnt = config.reading.texts
+    if config.labels and learnt not in (0, texts):
+        raise ValueError(f"{sentences[0].place}: the model has learnt from {learnt} "
+                         f"texts in a row, but here are {texts}; see --columns, or --context")
     pairs = [(*sentence.texts, "")[:2] for sentence in sentences]
-    tokenizer.enable_truncation(length - len(sentences[0].texts) - 1)      # room for [CLS], [SEP]
+    tokenizer.enable_truncation(length - texts - 1)                        # room for [CLS], [SEP]
     codes = tokenizer.encode_batch(pairs, add_special_tokens=False)
     tokenizer.no_truncation()
     targets = places(sentences, config.labels or labels_of(sentences))
@@ -178,7 +185,7 @@ def make_windows(sentences, tokenizer, config):
         end = code.sequence_ids.count(0)                                    # of the first text
         ids = [cls, *code.ids[:end], sep]
         first = len(ids)                                # the end, if there is no second text
-        if len(sentence.texts) == 2:
+        if texts == 2:
             ids += [*code.ids[end:], sep]
         target = torch.tensor([targets.get(sentence.label, 0)])
         windows.append(Window(sentence.id, torch.tensor(ids), first, target))

@@ -42,7 +42,7 @@ def read(path, train=False, columns=None):
 
 def example(text, path):
     """An answer that stands in a text file, for `--ask`. Raises ValueError or OSError."""
-    return squad_json.example("?", [text], path)
+    return squad_json.example(text, path, answers=[text])         # its question isn't known yet
 
 
 def prepare_model(model, questions):

@@ -113,8 +113,9 @@ def parse_train(argv, description, methods):
     add_pruning_flags(parser, methods)
     add_training_flags(parser)
     args = parse(parser, argv)
-    if (args.max_length or 8) < 8 or args.max_answer == 0:
-        raise ValueError("--max-length must be at least 8, and --max-answer at least 1")
+    if (args.max_length or 8) < 8 or 0 in (args.max_answer, args.batch_size):
+        raise ValueError("--max-length must be at least 8, --max-answer and --batch-size at least "
+                         "1")
     offline = not (args.model or args.train or args.eval)
     if offline:
         args.model = TINY_BERT
@@ -152,8 +153,6 @@ def check(args):
         for name in STAGES:
             if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
                 raise ValueError(f"{path}: the run would write over it; give another --out")
-    if args.batch_size == 0:
-        raise ValueError("--batch-size must be at least 1")
     single = "1x1" in (args.block, args.ffn_block)
     if args.speedup is not None and (
             not args.speedup >= 1 or single or args.method == "soft-movement" or not args.epochs):

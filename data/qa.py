@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import squad_json
-from data.squad_json import read, targets_agree  # noqa: F401 (task.read, ...)
+from data.squad_json import example, read, targets_agree  # noqa: F401 (task.read, ...)
 from data.text import Window, run_model
 from model import BertForQuestionAnswering
 
@@ -85,7 +84,7 @@ def make_windows(questions, tokenizer, config):
         prefix = [cls, *code.ids, sep]
         room = reading.max_length - len(prefix) - 1
         if room <= reading.stride:
-            raise ValueError(f"{question.file}: question {question.id} leaves {room} of "
+            raise ValueError(f"{question.file}: question {question.id:.40} leaves {room} of "
                              f"{reading.max_length} tokens, but windows overlap by "
                              f"{reading.stride}; shorten it, or train.py's --stride")
         for low in range(0, max(len(ids) - reading.stride, 1), room - reading.stride):
@@ -141,11 +140,6 @@ def predict(model, tokenizer, questions):
             answer = ""
         answers[question.id] = answer
     return answers
-
-
-def example(text, path):
-    """A question about a text file, for `--ask`. Raises ValueError or OSError."""
-    return squad_json.example(text, [], path)
 
 
 # ----------------------------------------------------------------------------------- SQuAD's metric

@@ -290,8 +290,7 @@ def one_line_errors():
     except OSError as error:
         if error.strerror is None:
             fail(str(error))
-        fail(f"{error.filename or 'output'}: {error.strerror}; "
-             f"{'make room' if 'space' in error.strerror else 'check the path'}")
+        fail(f"{error.filename or 'output'}: {error.strerror}; check the path, and the space there")
     except (ValueError, ArithmeticError) as error:
         fail(str(error))
 

@@ -99,18 +99,16 @@ def text_of(entry, key):
     return value
 
 
-def example(question, answers, path):
-    """A question about the text of a file, for `--ask`; answers: the one to write a question for.
+def example(text, path, answers=()):
+    """The question `text` about the text of a file, for `--ask`. Raises ValueError or OSError.
 
-    Raises ValueError or OSError.
     Whether "" may be right isn't known here (None): the model decides.
     """
     if not path:
         raise ValueError("--ask needs the text that the answer stands in; give --context FILE")
     context = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    begin = context.find(answers[0]) if answers else None
-    found = Question("--ask", question, context, answers, begin,
-                     may_be_empty=None, file=path)
+    begin = context.find(text) if answers else None
+    found = Question(text, text, context, answers, begin, may_be_empty=None, file=path)
     find_spans([found], path)
     return found
 
@@ -143,7 +141,7 @@ def find_spans(questions, path):
             question.span = (begin, end)
     if lost:
         raise ValueError(f"{path}: {len(lost)} answers are neither at their offset nor in the "
-                         f"context exactly once, as those of question {', '.join(lost[:5])}; mend "
+                         f"context exactly once, as those of question {str(lost[:5])[:99]}; mend "
                          "or remove them")
 
 
