@@ -157,7 +157,7 @@ def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> floa
     """Run both models on the same inputs; the largest difference in logits.
 
     Raises ArithmeticError above float32's rounding: 1e-4 * max(1, largest |logit|), where padding,
-    whose logits are -1e4, does not count as large.
+    whose logits are -1e4, does not count as large; and for logits that are NaN or infinite.
     """
     model.eval()
     small.eval()
@@ -167,6 +167,7 @@ def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> floa
         b = small(*batch)
         difference = (a - b).abs().max().item()                      # NaN if any logit is
         largest = a.where(a > -1e4, 0).abs().max().item()
+        # Written with "not", because a comparison with NaN is False.
         if not difference <= 1e-4 * max(1.0, largest) < torch.inf:
             raise ArithmeticError(f"pruned and compact model differ by {difference:.2g} in logits "
                                   f"of up to {largest:.2g}: more than float32's rounding")
@@ -187,8 +188,9 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
 def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
-    # The C library gives freed memory back to the system, and the next call waits for new pages.
-    # After one block of 32 MB was freed, it keeps what is freed, and calls no longer wait.
+    # malloc gives large blocks back to the system when they are freed, and the next call waits for
+    # new pages. Freeing a block of 32 MB once raises the size from which it does so: calls no
+    # longer wait.
     torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()

@@ -44,14 +44,14 @@ class Reading:
     max_answer: int = 30                         # tokens in an answer
     null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
-    texts: int = 0                               # a classifier's, in a window; 0: not known
+    texts: int = 0                               # a classifier reads 1 or 2; 0: not known
 
 
 @dataclass
 class BertConfig:
     """The fields of Hugging Face's config.json that shape the computation, with BERT-base's values.
 
-    Not BERT's own are heads_per_layer and ffn_per_layer (what is left in each layer of a compact
+    This project adds heads_per_layer and ffn_per_layer (what is left in each layer of a compact
     model), labels (a classifier's; id2label in config.json) and reading.
     """
 
@@ -170,7 +170,7 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """Embeddings and layers, which the three models below share; each adds `head_logits`."""
 
-    has_head = True                # False: the checkpoint had no weights for the output layers
+    has_head = True                # False: the checkpoint lacks the output layers, "the head"
 
     def __init__(self, config):
         super().__init__()
@@ -476,7 +476,7 @@ def check_unread(file, names):
 
 def checked_weight(file, name, tensor, shape):
     """A weight of the file as the model needs it, in float32. Raises ValueError."""
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor):                         # None, or a type that none can have
         raise ValueError(f"{file}: {name!r} is {tensor or 'missing'}; is it a BERT, of floats?")
     if tensor.shape != shape or not tensor.is_floating_point():
         raise ValueError(f"{file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, not "

@@ -143,9 +143,9 @@ class BlockGroup:
 
         # Scores are shared where a block is made of whole units: heads (64xall with heads of 64) or
         # FFN dimensions (1xall). A unit is worth nothing if only some of the matrices that write
-        # it, or only the one that reads it, are left. So the n-th match of every pattern, in the
-        # model's order (a layer's query, key, value and output), share their scores, whose
-        # gradients are summed over them.
+        # it, or only the one that reads it, are left. So matrices that belong together (a layer's
+        # query, key, value and output) share their scores: the first match of every pattern, then
+        # the second, and so on, in the model's order. Gradients are summed over these matrices.
         # Every other block (32x32, or a part of a head) is of use by itself: no sharing.
         r, c = parse_block(block)
         shares_scores = r is not None and c is None and r % unit == 0
@@ -196,6 +196,7 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
+        # A score that never moves was not given to the optimizer.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
@@ -268,7 +269,7 @@ def cubic(step, start, end, first, last):
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate.
 
-    AdamW's steps have the size of the rate, whatever that of the gradients. So with twice the rate
+    AdamW's steps have the size of the rate, however large the gradients are. So with twice the rate
     all scores become twice as large, and their order stays: the scores' rate matters only for soft
     movement, which compares them with a threshold.
     """

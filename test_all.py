@@ -1220,8 +1220,8 @@ MNLI = "index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n2\te\tf\tenta
 UNUSUAL = "sentence\tlabel\na good\rmovie\t1\r\nb\t-1\r\nc\t\r\n\"a \"\"d\"\"\"\t0\r\n"
 UNLABELLED = "index\tsentence\n0\ta\n1\tb\n"
 BROKEN_GLUE = r"""
-sentence\tlabel\na\t1\nb | of 2 rows, 1 have an empty text, or not 2: line 3, ['b'];
-sentence\tlabel\n\t0\na\t1\nb | of 3 rows, 2 have an empty text, or not 2: line 2, ['', '0'];
+sentence\tlabel\na\t1\nb | of 2 rows, 1 have an empty text, or not 2 cells: line 3, ['b'];
+sentence\tlabel\n\t0\na\t1\nb | of 3 rows, 2 have an empty text, or not 2 cells: line 2, ['', '0'];
 sentence\tlabel\na\t1\n\nb\t0 | line 3, [''];
 sentence\tlabel\na\t1\nb\tc\t0 | line 3, ['b', 'c', '0'];
 sentence\tlabel\n | of 0 rows

@@ -55,7 +55,11 @@ def main(argv=None):
 
 
 def whole_run(args):
-    """The story: fine-tune, prune, delete, fill. Returns the summary."""
+    """The story: fine-tune, prune, delete, fill. Returns the summary.
+
+    `job` is what all stages share (see Job below). Its `folder` is a RunFolder of data/run.py,
+    which knows what an earlier, interrupted run has done.
+    """
     job, model, given_teacher = prepare(args)
     if job.folder.summary:
         run.stop_processes()
@@ -80,6 +84,12 @@ def whole_run(args):
 def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
     """Train `model` in place, save and score it; if that was done before, open what was saved.
 
+    How an interrupted run goes on: a finished stage is only opened. In the one that was stopped,
+    `job.folder.steps` loads the last checkpoint (weights, scores and masks, AdamW's state, the
+    pruner's numbers) and yields the steps that are left. Everything else a step needs is computed
+    anew: the order of the windows from the seed and the epoch, random numbers from the seed and
+    the step. So the result is the same.
+
     With 0 epochs there is nothing to train: then the model is only baked and scored.
     """
     if epochs and job.folder.is_finished(stage):
@@ -98,7 +108,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
-        # With several processes: this one's windows of the batch, and the weight of its loss.
+        # The whole batch, and 1; with several processes, this one's part and its weight.
         indices, loss_factor = my_share(job.windows, schedule[step])
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
@@ -125,9 +135,9 @@ def task_loss(logits, targets, teacher_logits, a):
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
     logits          (..., K): a row for every target, window by window
-    targets         (N,)
-    teacher_logits  (N, K): row by row those of the same windows and targets; None: no teacher, and
-                    the loss is the cross-entropy alone
+    targets         (N,), window by window
+    teacher_logits  (N, K): the teacher's rows for the same windows and targets, in the same order;
+                    None: no teacher, and the loss is the cross-entropy alone
     Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
     Returns the loss, and its two parts: the cross-entropy and the KL divergence.
     """
@@ -181,7 +191,7 @@ def set_dropout(model, dropout):
 def set_learning_rate(optimizer, peak, step, total):
     """The weights' rate rises over a tenth of the steps (not pruning's warm-up), then falls to 0.
 
-    The rate of the scores stays.
+    The rate of the scores stays the same.
     """
     warm = max(1, total // 10)
     lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))

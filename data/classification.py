@@ -70,7 +70,7 @@ def read(path, train=False, columns=None):
         sentences.append(Sentence(str(i), texts, label, f"{path}: line {i + 2}"))
     if broken or not sentences:
         raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} have an empty text, or not "
-                         f"{len(header)}: {'; '.join(broken[:5])}; mend or remove them")
+                         f"{len(header)} cells: {'; '.join(broken[:5])}; mend or remove them")
     return with_labels(sentences, path)
 
 
@@ -122,7 +122,7 @@ def prepare_model(model, sentences):
         raise ValueError(f"{sentences[0].place}: all labels are {labels}: nothing to learn; - and "
                          "-1 count as no label")
     if model.has_head:
-        known = model.config.labels
+        known = model.config.labels                # do both have the same labels?
         if len(labels) == len(known) == len(places(sentences, known)):
             return
         note(f"the labels are {labels}, not {known}: the classifier starts random")
@@ -142,7 +142,7 @@ def labels_of(sentences):
 
 
 def places(sentences, labels):
-    """Each label of the file that the model has, too -> its place among the model's labels.
+    """The labels of the file that the model knows -> their places among the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the place: with the
     model's labels ["negative", "positive"], the file's 0 is "negative".

@@ -42,7 +42,7 @@ def add_data_flags(parser):
     add("--dev", help="file to evaluate on (default: likewise)")
     add("--columns", metavar="NAMES", help="of a table: TEXT,LABEL or TEXT,TEXT2,LABEL")
     add("--out", default="out", help="folder for the results (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace another run that lies there")
+    add("--overwrite", action="store_true", help="replace another or a finished run there")
     add("--eval", metavar="PATH", help="only score a saved model or a predictions.json")
     add("--predict", metavar="FILE", help="with --eval: write predictions there, without scores")
     title = "reading (default: as the model was trained, else 384, 128, 30, 0)"
@@ -76,7 +76,7 @@ def add_pruning_flags(parser, methods):
 
 
 def add_training_flags(parser):
-    add = parser.add_argument_group("training (the second default is the offline one)").add_argument
+    add = parser.add_argument_group("training (default: with your data, offline)").add_argument
     add("--dense-epochs", type=count, help="of fine-tuning before pruning (default: 2, 1)")
     add("--epochs", type=count, help="of fine-pruning (default: 20, 2)")
     add("--fill-epochs", type=count, default=0,

@@ -4,7 +4,7 @@ One idea: what a run prints and draws comes from numbers alone; no model is need
 """
 from data.run import STAGES
 
-BLUE, GREY = "#2f81f7", "#57606a"                   # the picture brings its white ground along
+BLUE, GREY = "#2f81f7", "#57606a"                   # the picture has a white ground of its own
 
 
 def table(rows):

@@ -38,7 +38,8 @@ from model import read_json, read_torch, save_json, whole_file
 STAGES = ("dense", "pruned", "compact", "filled")
 FILES = ("checkpoint.pt", "summary.json", "log.jsonl")
 SECONDS_BETWEEN_CHECKPOINTS = 600
-# What may differ where a run goes on; the contents of files are compared, not their paths.
+# What may differ where a run goes on: paths, since the contents of files are compared, and what may
+# change the last bits.
 MAY_DIFFER = ("model", "teacher", "train", "dev", "threads", "python", "torch")
 BAR = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
@@ -74,7 +75,7 @@ class RunFolder:
                      for name, value in self.settings.items()
                      if theirs.get(name) != value and name not in MAY_DIFFER]
         finished = (self.path / "summary.json").exists()
-        if overwrite and (different or finished):
+        if overwrite and (different or finished):    # an unfinished run of these settings goes on
             return
         if different:
             raise ValueError(f"{self.path}: holds a run with {'; '.join(different)[:300]}: give "
@@ -113,7 +114,8 @@ class RunFolder:
         """The steps of a stage that are to be done, from its checkpoint on, if there is one.
 
         To be used as the loop's range. Between two steps (in each, the caller calls `log_step`) a
-        bar shows how far the stage is, and every ten minutes a checkpoint is written.
+        bar shows how far the stage is, with the numbers that `log_step` got, and every ten minutes
+        a checkpoint is written.
         """
         first = 0
         if self.state.get("stage") == stage:

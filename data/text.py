@@ -59,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer.no_padding()
         if kind.startswith("Bert"):
             apply_settings(tokenizer, settings, path)
-        tokenizer.encode("\u2603")             # some panic over an unknown character: better now
+        tokenizer.encode("\u2603")             # some tokenizers panic over an unknown character
     except KeyboardInterrupt:
         raise
     except BaseException as error:             # a panic of the library is a BaseException only
