@@ -260,7 +260,7 @@ def delete_or_compare(args):
     from data import pictures
     model, tokenizer, task = data.open_model(args.model)
     examples = data.read_examples(task, args.dev, "dev", args.columns)
-    # Without --dev there are no scores, and it doesn't matter whether the model has these labels.
+    # Without --dev the generated corpus serves to measure times only. Its labels don't matter then.
     config = model.config if args.dev else replace(model.config, labels=None)
     inputs = data.sample_inputs(task.make_windows(examples, tokenizer, config))
     if args.compare:

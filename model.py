@@ -42,7 +42,7 @@ class Reading:
     max_length: int = 384                        # tokens in a window
     stride: int = 128                            # tokens by which two windows overlap
     max_answer: int = 30                         # tokens in an answer
-    null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
+    null_threshold: float = 0.0                  # no answer where [CLS] beats it by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
     texts: int = 0                               # a classifier reads 1 or 2; 0: not known
 
@@ -287,7 +287,7 @@ class BertForSequenceClassification(Bert):
 
 
 class BertForGeneration(Bert):
-    """BERT that reads a source (type 0) and writes a target (type 1), by BertForMaskedLM's weights.
+    """BERT that reads a source (type 0) and writes a target (type 1), as BertForMaskedLM is saved.
 
     All tokens see the source; a token of the target also sees itself and those before it.
     """

@@ -60,8 +60,9 @@ class BlockMask(nn.Module):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
         transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix). It is cut
-                    as if it were turned: 64xall makes blocks of 64 rows of W_Q, but of 64 columns
-                    of W_O. Scores and M (R, C) are those of the turned matrix, so that both fit.
+                    as its transpose would be: 64xall makes blocks of 64 rows of W_Q, but of 64
+                    columns of W_O. Its scores and M (R, C) are those of the transpose, so that W_O
+                    can share those of W_Q.
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -75,7 +76,7 @@ class BlockMask(nn.Module):
         shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
         self.block = (r, c)
         self.transposed = transposed
-        self.schedule_ended = True              # `advance` sets it; `bake` warns where it is False
+        self.schedule_ended = True              # set by `advance`; `bake` warns where it is False
         # In a tuple: a module that is an attribute would be registered, and its scores would be
         # saved once more with every mask that shares them.
         self.owner = (owner or self,)
@@ -172,7 +173,7 @@ class BlockGroup:
             self.masks.append(owner)
         self.blocks = len(parameters_to_vector(self.scores))
         for linear, mask in attach:
-            # unsafe: without a check that would compute, and hold, every weight once
+            # "unsafe" leaves out a check that would compute every masked weight once, and keep it.
             parametrize.register_parametrization(linear, "weight", mask, unsafe=True)
 
     @property
@@ -196,7 +197,7 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
-        # A score that never moves was not given to the optimizer.
+        # After a tenth of the way some score has moved, if the optimizer knows the scores.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
@@ -209,7 +210,7 @@ class BlockGroup:
             # mean(sigmoid(S)) over the blocks of every matrix, then over the matrices
             penalty = sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
             return cubic(step, start, end, 0.0, lambda_) * penalty
-        self.blocks_to_keep(density)                      # raises now, and not far into a run
+        self.blocks_to_keep(density)           # a final density of no sense is refused at once
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
 

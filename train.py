@@ -69,7 +69,7 @@ def whole_run(args):
     teacher = None
     if args.distill and args.epochs + args.fill_epochs:
         teacher = Teacher(given_teacher or dense, job)
-    del given_teacher                  # and free its memory: a Teacher holds logits, or a copy
+    del given_teacher                  # frees its memory: the Teacher has its logits, or a copy
     # From here on `dense` is masked and trained further: it becomes `pruned`.
     pruner = SpeedPruner(job, dense) if args.speedup else DensityPruner(job, dense)
     pruned = train_stage(job, "pruned", dense, args.epochs, pruner, teacher)
@@ -314,7 +314,8 @@ def prepare(args):
     teacher = open_teacher(args, task, model, tokenizer, train)
     if args.layers:
         take_layers(model, args.layers)
-    with torch.device("meta"):                         # do the blocks fit the matrices at all?
+    # Do the blocks fit the matrices? Tried on a model of the same shapes that takes no memory.
+    with torch.device("meta"):
         for group in add_masks(type(model)(model.config), args):
             group.blocks_to_keep(1.0 if args.speedup else args.density)
     flags = vars(args) | asdict(model.config.reading)
@@ -349,7 +350,7 @@ def open_teacher(args, task, model, tokenizer, train):
 
     Without --teacher it will be the dense model, if that can learn its task first.
     """
-    teacher, name = None, args.model
+    teacher, name = None, args.model               # at first: the dense model is to be the teacher
     knows_the_task = model.has_head and not args.layers
     faults = {
         "has not learnt the task with these layers": not knows_the_task and args.dense_epochs == 0

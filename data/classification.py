@@ -47,8 +47,8 @@ class Sentence:
 def read(path, train=False, columns=None):
     """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
 
-    Nothing, "-" and "-1" are no labels (""), as in GLUE's tables. Rows without one are left out,
-    but for tables where all rows, or the column, lack them: these can only be predicted.
+    Nothing, "-" and "-1" are no labels (""), as in GLUE's tables. Rows without one are left out.
+    But where no row has one, or there is no such column, all rows are read, to be predicted only.
     Raises ValueError, naming file and line, or OSError.
     """
     try:

@@ -21,8 +21,8 @@ import torch
 def measure_layers(model, batch, seconds):
     """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
 
-    A layer without heads and dimensions still takes time (norms, sums), which "rest" holds. So the
-    time of such a layer is taken off the others.
+    A layer without heads and dimensions still takes time (norms, sums). "rest" holds this already,
+    so the time of such a layer is subtracted from the times of layers with heads or dimensions.
 
     seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
     The result can be written as JSON:
@@ -36,8 +36,8 @@ def measure_layers(model, batch, seconds):
     make_layer = type(model.layers[0])
     ids, attention_mask, types = batch
     heads = [*range(config.num_attention_heads + 1)]
-    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. Those
-    # between are odd, since multiples of 16 would be faster than most of what pruning leaves.
+    # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. All
+    # but 0 and F are made odd, since multiples of 16 would be faster than what pruning leaves.
     widths = [config.intermediate_size * i * i // 64 for i in range(9)]
     widths[1:8] = [width + 1 - width % 2 for width in widths[1:8]]
     none = [0] * len(model.layers)
