@@ -27,7 +27,8 @@ adds only a constant, or nothing.
     python compact.py out/dense --compare out/filled       # scores, size and speed of both
     python compact.py out/compact --ask "Who ...?" --context FILE
 
-It is exact in eval mode only: attention dropout would break the sum to 1.
+It is exact in eval mode only: attention dropout would break the sum to 1. What is left are new
+parameters, so training on needs a new optimizer.
 Source: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3.
 
 Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
@@ -74,8 +75,9 @@ def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
 def compact_unread(writers: list, reader: nn.Linear) -> int:
     """Delete the units that nobody reads, in place, whatever computes them; returns what is left.
 
-    writers: each (C -> F), reader: (F -> C), with or without bias. In a gated FFN (Llama, Qwen,
-    Mistral, Gemma) gate_proj and up_proj write and down_proj reads.
+    writers: all layers that compute these units, each (C -> F); reader: (F -> C); with or without
+    bias. In a gated FFN (Llama, Qwen, Mistral, Gemma) gate_proj and up_proj write and down_proj
+    reads. It has zero columns only if it was masked, too: name it in a BlockGroup's `columns`.
     Raises ValueError for a layer that still has its mask.
     """
     delete((reader.weight != 0).any(0), writers, reader)

@@ -85,7 +85,7 @@ class BlockMask(nn.Module):
             self.scores = nn.Parameter(torch.zeros_like(ones))                             # S
             self.register_buffer("kept", ones)                                     # M, 0 or 1
         elif owner.scores.shape != shape:
-            raise ValueError(f"{block} ties matrices together whose sizes differ")
+            raise ValueError(f"{block} ties matrices whose sizes differ (grouped queries?)")
 
     def forward(self, weight):
         kept = self.owner[0].kept
@@ -190,8 +190,9 @@ class BlockGroup:
                 lambda_: float | None = None) -> Tensor | float:
         """Set M for this step, on the way from all blocks at `start` to the final share at `end`.
 
-        density  the fraction of blocks that movement and magnitude pruning end with
-        lambda_  the final weight of soft movement's penalty
+        start, end  steps; let `end` come before the last one, so that training goes on after it
+        density     the fraction of blocks that movement and magnitude pruning end with
+        lambda_     the final weight of soft movement's penalty
         Returns what is to be added to the loss: lambda(t) * penalty, or 0.
         """
         soft = self.method == "soft-movement"
@@ -293,6 +294,7 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
 def bake(model: nn.Module) -> float:
     """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone.
 
+    Do it before saving, and delete before training on, which would fill the zeros again.
     Returns the density reached: the fraction of the masked weights that is not zero; 1 without any.
     """
     kept = total = 0
@@ -300,8 +302,8 @@ def bake(model: nn.Module) -> float:
         masked = linear.parametrizations.weight
         if not masked[0].owner[0].schedule_ended:
             warnings.warn("the masks are baked before the `end` of their schedule, so more blocks "
-                          "stay than you asked for; let `end` come before the last step",
-                          stacklevel=2)
+                          "may stay than you asked for; let `end` come before the last step",
+                          stacklevel=3)            # the caller, behind torch.no_grad's wrapper
         weight = masked.original
         weight.copy_(linear.weight)
         kept += int(weight.count_nonzero())
@@ -325,7 +327,7 @@ def find_linears(model, pattern):
     linears = [module for module in matches if isinstance(module, nn.Linear)]
     if not linears:
         kinds = {type(module).__name__ for module in matches}
-        raise ValueError(f"{pattern!r} matches no nn.Linear, but {kinds or 'nothing at all'}")
+        raise ValueError(f"{pattern!r} matches no nn.Linear, but {kinds or 'nothing'}")
     return [linear for linear in linears if linear.in_features * linear.out_features]
 
 

@@ -674,7 +674,7 @@ def test_a_speed_is_reached_by_pruning():
 BAD_MASKS = """
 group(block) | ROWSxCOLUMNS
 group("1000x1000") | larger than a matrix of 48 x 48
-group(rows=["nowhere*"]) | 'nowhere*' matches no nn.Linear, but nothing at all
+group(rows=["nowhere*"]) | 'nowhere*' matches no nn.Linear, but nothing
 group(rows=["x"], model=conv) | matches no nn.Linear, but {{'Conv1d'}}
 group(rows=["*.key", "*.query"], model=masked) | masked twice
 group(rows=["*.key", "*"]) | masked twice
