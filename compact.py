@@ -65,7 +65,8 @@ def compact_ffn(first: nn.Linear, second: nn.Linear, activation) -> int:
     first: (C -> F), second: (F -> C), both with or without bias; activation: tensor -> tensor.
     Raises ValueError for a layer that still has its mask.
     """
-    # Unread dimensions add nothing, whatever their activation: their columns are zero.
+    # A dimension whose row is zero is activation(its bias), or activation(0) without a bias. Where
+    # the column is zero, this constant is multiplied by the column, and so adds nothing.
     bias = first.weight.new_zeros(first.out_features) if first.bias is None else first.bias
     delete(alive(first, second), [first], second, constants=activation(bias.double()))
     return first.out_features

@@ -230,7 +230,7 @@ class Bert(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Bert":
         """Open a dense, pruned or compact model, in float32 and eval mode.
 
-        Output layers that the checkpoint lacks start random: that is said; `has_head` is False.
+        Output layers that the file lacks start random; a message says so, and `has_head` is False.
         Raises ValueError or OSError, naming file and weight, if one is missing or not finite.
         """
         return load_checkpoint(cls, Path(folder)).eval()
@@ -469,7 +469,7 @@ def check_unread(file, names):
     parts = [name for name in unread if name.startswith("bert.")]
     if parts:
         raise ValueError(f"{file}: {parts[-1]} has no place in the layers that config.json says; "
-                         "mend num_hidden_layers, or merge adapters, or bake masks, before saving")
+                         "fix num_hidden_layers, or merge adapters, or bake masks, before saving")
     if unread:
         print(f"{file}: not read: {', '.join(unread[:5])}", file=sys.stderr)
 

@@ -70,7 +70,7 @@ def read(path, train=False, columns=None):
         sentences.append(Sentence(str(i), texts, label, f"{path}: line {i + 2}"))
     if broken or not sentences:
         raise ValueError(f"{path}: of {len(rows)} rows, {len(broken)} have an empty text, or not "
-                         f"{len(header)} cells: {'; '.join(broken[:5])}; mend or remove them")
+                         f"{len(header)} cells: {'; '.join(broken[:5])}; correct or remove them")
     return with_labels(sentences, path)
 
 
@@ -155,7 +155,7 @@ def places(sentences, labels):
         elif named and label.isdecimal() and int(label) < len(labels):
             found[label] = int(label)
     if len({*found.values()}) < len(found):
-        raise ValueError(f"{sentences[0].place}: one label has two names in {[*found]}; mend them")
+        raise ValueError(f"{sentences[0].place}: one label has two names in {[*found]}; rename one")
     return found
 
 
@@ -181,7 +181,7 @@ def make_windows(sentences, tokenizer, config):
     for sentence, code in zip(sentences, codes):
         if sentence.label and sentence.label not in targets:
             raise ValueError(f"{sentence.place}: label {sentence.label:.40} is not of the model's "
-                             f"labels, such as {config.labels[:9]}; mend it, or give another --dev")
+                             f"labels, such as {config.labels[:9]}; fix it, or give another --dev")
         end = code.sequence_ids.count(0)                                    # of the first text
         ids = [cls, *code.ids[:end], sep]
         first = len(ids)                                # the end, if there is no second text

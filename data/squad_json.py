@@ -56,7 +56,7 @@ def read(path, train=False, columns=None):
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
-                         "mend or remove it") from None
+                         "correct or remove it") from None
     if not questions:
         raise ValueError(f"{path}: holds no question; is it the right file?")
     ((id_, count),) = Counter(question.id for question in questions).most_common(1)
@@ -141,7 +141,7 @@ def find_spans(questions, path):
             question.span = (begin, end)
     if lost:
         raise ValueError(f"{path}: {len(lost)} answers are neither at their offset nor in the "
-                         f"context exactly once, as those of question {str(lost[:5])[:99]}; mend "
+                         f"context exactly once, as those of question {str(lost[:5])[:99]}; fix "
                          "or remove them")
 
 
