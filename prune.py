@@ -100,8 +100,8 @@ class BlockMask(nn.Module):
         if (rows, columns) != (R * r, C * c):                     # blocks at the edges are smaller
             weight = F.pad(weight, (0, C * c - columns, 0, R * r - rows))       # (R r, C c)
         mask = mask.to(weight.dtype)
-        product = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)          # expand(M), as a view
-        return product.view(R * r, C * c)[:rows, :columns]
+        masked = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)       # W * expand(M), as a view
+        return masked.view(R * r, C * c)[:rows, :columns]
 
     def magnitude(self, weight):
         """Mean |W| of every block (R, C)."""
@@ -186,7 +186,7 @@ class BlockGroup:
         """The fraction of this group's blocks that are kept now."""
         return int(sum(mask.kept.count_nonzero() for mask in self.masks)) / self.blocks
 
-    def advance(self, step: int, start: int, end: int, density: float | None = None,
+    def advance(self, step: int, start: float, end: float, density: float | None = None,
                 lambda_: float | None = None) -> Tensor | float:
         """Set M for this step, on the way from all blocks at `start` to the final share at `end`.
 

@@ -108,7 +108,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
-        # The whole batch, and 1; with several processes, this one's part and its weight.
+        # The whole batch, and 1; with several processes, this one's part, and its loss's weight.
         indices, loss_factor = my_share(job.windows, schedule[step])
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
@@ -350,18 +350,21 @@ def open_teacher(args, task, model, tokenizer, train):
 
     Without --teacher it will be the dense model, if that can learn its task first.
     """
-    teacher, name = None, args.model               # at first: the dense model is to be the teacher
-    knows_the_task = model.has_head and not args.layers
-    faults = {
-        "has not learnt the task with these layers": not knows_the_task and args.dense_epochs == 0
-    }
+    teacher = None
+    name = args.teacher or args.model
     if args.teacher:
-        name = args.teacher
         teacher, other, _ = data.open_model(name, task, model.config.reading)
         faults = {
             "has not learnt the task": not teacher.has_head,
             "has other tokens": other.get_vocab() != tokenizer.get_vocab(),
             "has other labels, or in another order": not task.targets_agree(teacher, model, train),
+        }
+    else:
+        # With --layers, what is left of the model must learn the task again.
+        knows_the_task = model.has_head and not args.layers
+        faults = {
+            "has not learnt the task with these layers":
+                not knows_the_task and args.dense_epochs == 0
         }
     for fault, applies in faults.items():
         if applies and args.distill:

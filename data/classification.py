@@ -147,12 +147,12 @@ def places(sentences, labels):
     Files often have 0, 1, ... where a model has names. Then the number is the place: with the
     model's labels ["negative", "positive"], the file's 0 is "negative".
     """
-    named = not any(map(str.isdecimal, labels))
+    has_names = not any(map(str.isdecimal, labels))
     found = {}
     for label in labels_of(sentences):
         if label in labels:
             found[label] = labels.index(label)
-        elif named and label.isdecimal() and int(label) < len(labels):
+        elif has_names and label.isdecimal() and int(label) < len(labels):
             found[label] = int(label)
     if len({*found.values()}) < len(found):
         raise ValueError(f"{sentences[0].place}: one label has two names in {[*found]}; rename one")

@@ -72,7 +72,7 @@ def add_pruning_flags(parser, methods):
         help="part of the steps before pruning begins (default: %(default)s)")
     add("--cooldown", type=fraction, default=0.4,
         help="part of the steps at the final density (default: %(default)s)")
-    add("--layers", type=numbers, help="take only these of the model, as in 0,2,4")
+    add("--layers", type=numbers, help="keep only these layers of the model, as in 0,2,4")
 
 
 def add_training_flags(parser):

@@ -38,8 +38,8 @@ from model import read_json, read_torch, save_json, whole_file
 STAGES = ("dense", "pruned", "compact", "filled")
 FILES = ("checkpoint.pt", "summary.json", "log.jsonl")
 SECONDS_BETWEEN_CHECKPOINTS = 600
-# What may differ where a run goes on: paths, since the contents of files are compared, and what may
-# change the last bits.
+# What may differ where a run goes on. The first four are paths: what the files hold is compared.
+# With other threads or versions, the last bits of the result may differ.
 MAY_DIFFER = ("model", "teacher", "train", "dev", "threads", "python", "torch")
 BAR = "{desc} {percentage:3.0f}%|{bar:6}|{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 

@@ -146,7 +146,10 @@ def find_spans(questions, path):
 
 
 def end_of(context, text, begin):
-    """Where a text that begins there ends; it may be spelled longer or shorter in the context."""
+    """Where a text that begins there ends; None if it doesn't stand there.
+
+    It may be spelled differently in the context, and up to 20 characters longer or shorter.
+    """
     if begin < 0:
         return None
     plain = simplified(text)
