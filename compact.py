@@ -164,7 +164,7 @@ def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> floa
     """
     model.eval()
     small.eval()
-    differences = [0.0]
+    differences = []
     for batch in inputs:
         a = model(*batch)
         b = small(*batch)

@@ -426,7 +426,7 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); is it the file for this task?") from None
+        raise ValueError(f"{path}: not JSON ({error}); is it the file for this --task?") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object, {{...}}; is it the right file?")
     return value

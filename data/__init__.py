@@ -7,7 +7,7 @@ One idea: train.py and compact.py know no task. A task is a module of this folde
     SUFFIX                       of the files it reads
     read(path, train, columns)                           -> examples, each with an `id`;
                                                             train: is it the file to learn from?
-    example(text, path)                                  -> an example; its id is the text
+    example(text, path)                                  -> an example, with an id of its own
     prepare_model(model, examples)                       what the model must know about its data
     targets_agree(teacher, model, examples)              -> do targets mean the same to both?
     make_windows(examples, tokenizer, config)            -> [Window], see text.py

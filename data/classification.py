@@ -32,7 +32,8 @@ COLUMNS = [                                  # one or two texts, and the label
     "#1 String,#2 String,Quality",                      # MRPC
     "question1,question2,is_duplicate",                 # QQP
     "sentence1,sentence2,label",                        # RTE
-    "sentence1,sentence2,gold_label"                    # MNLI; rows with the label "-" are left out
+    "sentence1,sentence2,gold_label",                   # MNLI; rows with the label "-" are left out
+    "text,label"                                        # many others
 ]
 
 
@@ -83,9 +84,10 @@ def find_columns(header, columns, train, path):
     for names in choices:
         if {*names} <= {*header, None} and len(names) in (2, 3):
             return names
-    raise ValueError(f"{path}: line 1 must name the columns, with tabs between: "
-                     f"{' or '.join(known)}, but it is {str(header)[:100]}; put such a line on "
-                     "top, or give --columns TEXT,LABEL or TEXT,TEXT2,LABEL as it has them")
+    raise ValueError(f"{path}: line 1 must name the columns, with tabs between, not commas: "
+                     f"{' or '.join(known)}, but it is {str(header)[:100]}; rename them, or give "
+                     "--columns TEXT,LABEL or TEXT,TEXT2,LABEL as line 1 has them; if it names "
+                     "none, put such a line on top")
 
 
 def with_labels(sentences, path):
@@ -93,8 +95,8 @@ def with_labels(sentences, path):
 
     Raises ValueError for scores: numbers with decimals.
     """
-    counts = Counter(sentence.label for sentence in sentences)
     labelled = [sentence for sentence in sentences if sentence.label] or sentences
+    counts = Counter(sentence.label for sentence in labelled)
     note(f"{path}: {len(counts)} labels, such as {str(dict(counts.most_common(9)))[:300]}; "
          f"rows left out, as they have none (empty, - or -1): {len(sentences) - len(labelled)}")
     if any(re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", str(label)) for label in counts):
@@ -103,7 +105,7 @@ def with_labels(sentences, path):
     return labelled
 
 
-def example(text, path):
+def example(text, path=None):
     """One text, or two, for `--ask`: the second is a file's. Raises OSError."""
     texts = [text]
     if path:
@@ -171,7 +173,7 @@ def make_windows(sentences, tokenizer, config):
     learnt = config.reading.texts
     if config.labels and learnt not in (0, texts):
         raise ValueError(f"{sentences[0].place}: the model has learnt from {learnt} "
-                         f"texts in a row, but here are {texts}; see --columns, or --context")
+                         f"texts in a row, but here are {texts}; see --columns (--ask: --context)")
     pairs = [(*sentence.texts, "")[:2] for sentence in sentences]
     tokenizer.enable_truncation(length - texts - 1)                        # room for [CLS], [SEP]
     codes = tokenizer.encode_batch(pairs, add_special_tokens=False)
@@ -214,7 +216,7 @@ def score(predictions, sentences):
     """Accuracy in percent, and F1 of the second label where there are two. Raises ValueError."""
     labels = labels_of(sentences)
     if not labels:
-        raise ValueError(f"{sentences[0].place}: no label to score by; see --columns")
+        raise ValueError(f"{sentences[0].place}: no label to score by; see --columns, or --predict")
     pairs = [(predictions.get(sentence.id), sentence.label) for sentence in sentences]
     result = {"accuracy": 100 * sum(said == true for said, true in pairs) / len(pairs)}
     if len(labels) == 2:

@@ -86,7 +86,7 @@ def make_windows(questions, tokenizer, config):
         if room <= reading.stride:
             raise ValueError(f"{question.file}: question {question.id:.40} leaves {room} of "
                              f"{reading.max_length} tokens, but windows overlap by "
-                             f"{reading.stride}; shorten it, or train.py's --stride")
+                             f"{reading.stride}; lower train.py's --stride, or shorten it")
         for low in range(0, max(len(ids) - reading.stride, 1), room - reading.stride):
             part = slice(low, low + room)
             tokens = torch.tensor([*prefix, *ids[part], sep])

@@ -287,12 +287,12 @@ def one_line_errors():
     try:
         yield
     except KeyboardInterrupt:
-        fail("stopped; the same command resumes a run from its last checkpoint (one is written at "
-             "every stage's end, and every ten minutes)", status=130)
+        fail("stopped; if this was a run, the same command resumes it from its last checkpoint "
+             "(one is written at every stage's end, and every ten minutes)", status=130)
     except OSError as error:
         if error.strerror is None:
             fail(str(error))
-        fail(f"{error.filename or 'output'}: {error.strerror}; check the path, and the space there")
+        fail(f"{error.filename or 'output'}: {error.strerror}; check the path, and the disk")
     except (ValueError, ArithmeticError) as error:
         fail(str(error))
 

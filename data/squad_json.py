@@ -56,7 +56,8 @@ def read(path, train=False, columns=None):
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
-                         "correct or remove it") from None
+                         "see the example at the top of data/squad_json.py, and write "
+                         "\"answers\": [] where there are none") from None
     if not questions:
         raise ValueError(f"{path}: holds no question; is it the right file?")
     ((id_, count),) = Counter(question.id for question in questions).most_common(1)
@@ -108,7 +109,7 @@ def example(text, path, answers=()):
         raise ValueError("--ask needs the text that the answer stands in; give --context FILE")
     context = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     begin = context.find(text) if answers else None
-    found = Question(text, text, context, answers, begin, may_be_empty=None, file=path)
+    found = Question(f"{path}: {text}", text, context, answers, begin, may_be_empty=None, file=path)
     find_spans([found], path)
     return found
 
