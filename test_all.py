@@ -1226,7 +1226,7 @@ sentence\tlabel\na\t1\n\nb\t0 | line 3, [''];
 sentence\tlabel\na\t1\nb\tc\t0 | line 3, ['b', 'c', '0'];
 sentence\tlabel\n | of 0 rows
 sentence\tlabel\na\t1.0\nb\t3.25 | labels with decimals are scores
-sentence\tscore\na\t1 | but it is ['sentence', 'score']; put such a line on top
+sentence\tscore\na\t1 | but it is ['sentence', 'score']; rename them, or give
 sentence,label\na,1 | line 1 must name the columns, with tabs between
 a film\t1 | line 1 must name the columns
 sentence\tlabel\ra\t1\rb\t1 | line 1 must name the columns
