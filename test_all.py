@@ -1551,7 +1551,7 @@ def test_every_task_runs_to_its_end(tmp_path):
         folder = tmp_path / names
         flags = flags_of(folder, task)
         summary = run_train(folder, "--fill-epochs", 1, task=task)
-        dev = ["--dev", flags[-1]]
+        dev, task_name = ["--dev", flags[-1]], flags[len(TINY) + 1]
         for name in ("dense", "pruned", "compact", "filled"):
             assert " ".join(summary[name]) == names
             assert evaluate(folder / "out" / name, *dev) == summary[name]
@@ -1563,8 +1563,11 @@ def test_every_task_runs_to_its_end(tmp_path):
         written = ["--predict", folder / "out/predictions.json"]
         evaluate(folder / "out/filled", "--dev", asked, *written)
         assert summary["pruned"] == summary["compact"] and abs(summary["density"] - 0.25) < 0.01
-        said = evaluate(folder / "out/predictions.json", *dev, "--task", flags[len(TINY) + 1])
+        said = evaluate(folder / "out/predictions.json", *dev, "--task", task_name)
         assert said == summary["filled"] and summary["headline"] in names
+        save_json(folder / "other.json", {"x": 3})
+        told = program(train.main, "--eval", folder / "other.json", *dev, "--task", task_name)[2]
+        assert "other.json: has no prediction for" in told
         _, out, _ = program(compact.main, folder / "out/pruned", folder / "small", *dev)
         assert "difference" in out and f"{summary['compact'][task.HEADLINE]:.2f}" in out
         program(compact.main, folder / "out/filled", "--expand", folder / "large")
@@ -1843,7 +1846,6 @@ BAD_TRAIN = """
 {real} --out {folder} --model {folder}/pruned | another --out
 {real} --out {folder} --teacher {folder}/x/../dense | another --out
 {real} --out {dev} | Not a directory; check the path
---eval {folder}/predictions.json --dev {dev} | predictions.json: not predictions
 {glue} --dev {folder}/new.tsv | new.tsv: line 2: label maybe is not of the model's
 {glue} --dev {folder}/single.tsv | line 2: the model has learnt from 2 texts in a row
 {glue} --train {folder}/one.tsv | one.tsv: line 2: all labels are ['yes']
@@ -1894,7 +1896,6 @@ def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
     panics = json.loads(text.load_tokenizer(folder / "model").to_str())
     panics["pre_tokenizer"] = {"type": "FixedLength", "length": 0}  # no Exception in the library
     save_json(folder / "panics/tokenizer.json", panics)
-    save_json(folder / "predictions.json", {"a": 3})
     article = json.loads((folder / "dev.json").read_text())
     article["data"][0]["paragraphs"][0]["qas"][0] |= {"id": "two\nlines", "question": "Who " * 200}
     save_json(folder / "long.json", article)

@@ -82,14 +82,6 @@ def read_examples(task, path, name, columns):
     return task.read(path, name == "train", columns)
 
 
-def read_predictions(path):
-    """Read a predictions file: an example's id -> text. Raises ValueError or OSError."""
-    value = read_json(path)
-    if not all(isinstance(text, str) for text in value.values()):
-        raise ValueError(f"{path}: not predictions; they map every example's id to a text")
-    return value
-
-
 def evaluate(args):
     """--eval: scores of a saved model's folder, or of a predictions.json.
 
@@ -107,7 +99,11 @@ def evaluate(args):
     if is_model:
         predictions = task.predict(model, tokenizer, examples)
     else:
-        predictions = read_predictions(args.eval)
+        predictions = {id_: str(text) for id_, text in read_json(args.eval).items()}
+        missing = sum(example.id not in predictions for example in examples)
+        if missing:
+            note(f"{args.eval}: has no prediction for {missing} examples; is it of this --dev, and "
+                 "of this --task?")
     if args.predict:
         save_json(args.predict, predictions)
         return {"predictions": len(predictions)}
