@@ -100,10 +100,9 @@ def evaluate(args):
         predictions = task.predict(model, tokenizer, examples)
     else:
         predictions = {id_: str(text) for id_, text in read_json(args.eval).items()}
-        missing = sum(example.id not in predictions for example in examples)
-        if missing:
-            note(f"{args.eval}: has no prediction for {missing} examples; is it of this --dev, and "
-                 "of this --task?")
+        if missing := sum(example.id not in predictions for example in examples):
+            note(f"{args.eval}: has no prediction for {missing} of {len(examples)} examples; is it "
+                 "of this --dev, and of this --task?")
     if args.predict:
         save_json(args.predict, predictions)
         return {"predictions": len(predictions)}

@@ -97,7 +97,7 @@ def with_labels(sentences, path):
     """
     labelled = [sentence for sentence in sentences if sentence.label] or sentences
     counts = Counter(sentence.label for sentence in labelled)
-    note(f"{path}: {len(counts)} labels, such as {str(dict(counts.most_common(9)))[:300]}; "
+    note(f"{path}: {len(labels_of(labelled))} labels: {str(dict(counts.most_common(9)))[:300]}; "
          f"rows left out, as they have none (empty, - or -1): {len(sentences) - len(labelled)}")
     if any(re.fullmatch(r"[-+]?\d*\.\d*[1-9]\d*", str(label)) for label in counts):
         raise ValueError(f"{path}: labels with decimals are scores, but only classes are learnt; "
