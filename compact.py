@@ -242,7 +242,7 @@ def main(argv=None):
     """The command line. Raises ValueError, ArithmeticError or OSError."""
     import data  # here, because all of the above works without it
     from data import options, run
-    run.said.clear()                                       # each note is said once in a call
+    run.said.clear()                # a note is said once in a call of main; this is a new call
     args = options.parse_compact(argv, __doc__.splitlines()[0])
     if args.expand:
         task = data.task_of(args.model)

@@ -42,7 +42,7 @@ class Reading:
     max_length: int = 384                        # tokens in a window
     stride: int = 128                            # tokens by which two windows overlap
     max_answer: int = 30                         # tokens in an answer
-    null_threshold: float = 0.0                  # no answer where [CLS] beats it by more than this
+    null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
     texts: int = 0                               # a classifier reads 1 or 2; 0: not known
 
@@ -359,7 +359,7 @@ SUPPORTED = {
     "pruned_heads": {},
     "problem_type": "single_label_classification",
 }
-OF_NO_USE = r"cls\.|bert\.pooler\.|.*position_ids$"        # heads of pre-training, a constant
+OF_NO_USE = r"cls\.|bert\.pooler\.|.*position_ids$"        # pre-training's heads; positions
 
 
 def hugging_face_name(ours):
@@ -388,7 +388,7 @@ def load_checkpoint(kind, folder):
             model = kind(config_from_json(values, rows))
     except Exception as error:                     # nonsense raises anything
         raise ValueError(f"{path}: no model can be made of this: {error!r}") from None
-    missing = []                                   # output layers that the file lacks
+    missing = []               # output layers that the file lacks; they take memory and are random
     for name, module in model.named_children():
         theirs = NAMES.get(name)
         if theirs and not any(other.startswith(theirs) for other in tensors):

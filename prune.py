@@ -131,7 +131,7 @@ class BlockGroup:
         columns  name patterns of the matrices that read what those write (its output): they are cut
                  into c x r blocks
         unit     how many rows make a part that is deleted whole: a head's size, or 1 in an FFN.
-                 Blocks of whole units share their scores (see below).
+                 It only decides whether scores are shared: those of whole units are (see below).
         method   one of METHODS; with magnitude, scores are not learned
         """
         if method not in METHODS:
@@ -173,7 +173,7 @@ class BlockGroup:
             self.masks.append(owner)
         self.blocks = len(parameters_to_vector(self.scores))
         for linear, mask in attach:
-            # "unsafe" leaves out a check that would compute every masked weight once, and keep it.
+            # "unsafe" only leaves out a check, which would compute every masked weight once.
             parametrize.register_parametrization(linear, "weight", mask, unsafe=True)
 
     @property
@@ -211,7 +211,7 @@ class BlockGroup:
             # mean(sigmoid(S)) over the blocks of every matrix, then over the matrices
             penalty = sum(scores.sigmoid().mean() for scores in self.scores) / len(self.scores)
             return cubic(step, start, end, 0.0, lambda_) * penalty
-        self.blocks_to_keep(density)           # a final density of no sense is refused at once
+        self.blocks_to_keep(density)           # a bad final density is refused at the first step
         self.keep(cubic(step, start, end, 1.0, density))
         return 0.0
 
@@ -294,7 +294,7 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
 def bake(model: nn.Module) -> float:
     """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone.
 
-    Do it before saving, and delete before training on, which would fill the zeros again.
+    Do it before saving. To train on, delete first, or all the zeros may change again.
     Returns the density reached: the fraction of the masked weights that is not zero; 1 without any.
     """
     kept = total = 0

@@ -45,7 +45,7 @@ def main(argv=None):
 
     Raises ValueError, ArithmeticError or OSError for what is wrong outside of the code.
     """
-    run.said.clear()                                       # each note is said once in a call
+    run.said.clear()                # a note is said once in a call of main; this is a new call
     args = options.parse_train(argv, __doc__.splitlines()[0], METHODS)
     if args.eval:
         scores = data.evaluate(args)
@@ -108,7 +108,8 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
-        # The whole batch, and 1; with several processes, this one's part, and its loss's weight.
+        # A single process takes the whole batch, with factor 1. Several processes share it; then
+        # the factors make the mean of their losses the loss of the whole batch.
         indices, loss_factor = my_share(job.windows, schedule[step])
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
@@ -249,8 +250,8 @@ class SpeedPruner(DensityPruner):
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
     stays there, while v is still corrected. About a hundred corrections in a run are enough; with
-    the exponent 1, v would oscillate. A checkpoint holds v ("share") and the times of layers that
-    t is computed from (see data/speed.py).
+    the exponent 1, v would oscillate. A checkpoint holds v ("share", 1 at first) and the times of
+    layers that t is computed from (see data/speed.py).
     """
 
     def update(self, step, total):
@@ -399,6 +400,7 @@ def report(job, pruned, small, difference):
     if RANK > 0:
         return None
     folder = job.folder
+    # The pruned model has the dense one's shapes, and so takes the dense one's time.
     speed, *quartiles = speedup(pruned, small, job.samples[0])
     summary = {
         "headline": job.task.HEADLINE,

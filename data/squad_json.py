@@ -103,6 +103,7 @@ def text_of(entry, key):
 def example(text, path, answers=()):
     """The question `text` about the text of a file, for `--ask`. Raises ValueError or OSError.
 
+    For generation, `text` is the answer: it is also in `answers`, and its place is looked up.
     Whether "" may be right isn't known here (None): the model decides.
     """
     if not path:

@@ -36,7 +36,7 @@ class Window:
 
     id: str                                  # the example's
     ids: Tensor                              # (T,) tokens
-    first: int                               # where type 1 begins
+    first: int                               # where type 1 begins; T, if it doesn't
     targets: Tensor                          # (n,) one class, token or position each
 
 
