@@ -192,8 +192,8 @@ def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
     # malloc gives large blocks back to the system when they are freed, and the next call waits for
-    # new pages. Freeing a block of 32 MB once raises the size from which it does so: calls no
-    # longer wait.
+    # new pages. Freeing a block of 32 MB once raises the size from which it does so, and calls
+    # wait less.
     torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()
@@ -263,7 +263,8 @@ def delete_or_compare(args):
     from data import pictures
     model, tokenizer, task = data.open_model(args.model)
     examples = data.read_examples(task, args.dev, "dev", args.columns)
-    # Without --dev the generated corpus serves to measure times only. Its labels don't matter then.
+    # Without --dev the generated corpus serves to measure times only. Its labels are not the
+    # model's, so the windows are made as if nobody knew the labels.
     config = model.config if args.dev else replace(model.config, labels=None)
     inputs = data.sample_inputs(task.make_windows(examples, tokenizer, config))
     if args.compare:

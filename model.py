@@ -1,6 +1,6 @@
 """BERT, written by hand, that opens and saves Hugging Face checkpoints.
 
-One idea: a model is its tensors. BERT is 12 identical layers, and each has two sublayers:
+One idea: a model is its tensors. BERT-base is 12 layers of one shape, each of two sublayers:
 self-attention and a feed-forward network (FFN). So a short table of names is enough to read
 anybody's checkpoint. Every layer may have its own number of heads and of FFN dimensions, because
 that is what block pruning leaves.
@@ -300,7 +300,7 @@ class BertForGeneration(Bert):
         self.initialise(self)
 
     def visible_tokens(self, attention_mask, token_type_ids):
-        """(B, 1, T, T): row i sees column j if j is of the source, or j <= i; never padding."""
+        """(B, 1, T, T): row i sees column j of the source (it is first) or j <= i; no padding."""
         T = attention_mask.shape[1]
         not_later = attention_mask.new_ones(T, T).tril().bool()                          # j <= i
         source = token_type_ids[:, None, None] == 0                                # (B, 1, 1, T)

@@ -14,10 +14,10 @@ straight-through estimator (STE) therefore pretends that this slope is 1:
 Why does this measure usefulness? Call g the gradient dL/dW'. To first order, the sum of g W over a
 block is what having the block adds to the loss. This sum is also dL/dS, and gradient descent moves
 S against it. So S rises for a block that lowers the loss, whether it is kept or dropped. Seen from
-the weights, which training moves along -g: S rises where g and W have opposite signs, so where
-weights are pushed away from zero, and falls where they are pushed towards zero. Hence the name
-"movement". A dropped block whose score is among the best again is back, with weights that hardly
-changed meanwhile (their gradient was 0; only momentum and weight decay moved them).
+the weights of a kept block, which training moves along -g: S rises where g and W have opposite
+signs, so where weights are pushed away from zero, and falls where they are pushed towards zero.
+Hence the name "movement". A dropped block whose score is among the best again is back, with weights
+that hardly changed meanwhile (their gradient was 0; only momentum and weight decay moved them).
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -62,7 +62,7 @@ class BlockMask(nn.Module):
         transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix). It is cut
                     as its transpose would be: 64xall makes blocks of 64 rows of W_Q, but of 64
                     columns of W_O. Its scores and M (R, C) are those of the transpose, so that W_O
-                    can share those of W_Q.
+                    can share those of W_Q: with 64xall, both are (12, 1) in BERT-base.
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -76,7 +76,7 @@ class BlockMask(nn.Module):
         shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
         self.block = (r, c)
         self.transposed = transposed
-        self.schedule_ended = True              # set by `advance`; `bake` warns where it is False
+        self.schedule_ended = True      # `advance` sets it; `bake` warns where it is False
         # In a tuple: a module that is an attribute would be registered, and its scores would be
         # saved once more with every mask that shares them.
         self.owner = (owner or self,)
@@ -100,7 +100,7 @@ class BlockMask(nn.Module):
         if (rows, columns) != (R * r, C * c):                     # blocks at the edges are smaller
             weight = F.pad(weight, (0, C * c - columns, 0, R * r - rows))       # (R r, C c)
         mask = mask.to(weight.dtype)
-        masked = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)       # W * expand(M), as a view
+        masked = weight.view(R, r, C, c) * mask.reshape(R, 1, C, 1)                # W * expand(M)
         return masked.view(R * r, C * c)[:rows, :columns]
 
     def magnitude(self, weight):
@@ -118,7 +118,8 @@ class BlockGroup:
     """Linear layers whose blocks compete with each other; masks are attached to `model` at once.
 
     The blocks of all these layers are ranked together, so that some layers keep more than others.
-    Blocks of two groups do not compete. A model usually has two groups: attention and FFN.
+    Blocks of two groups do not compete. A model usually has two groups: attention and FFN. All
+    layers of a group are on one device.
     """
 
     def __init__(self, model: nn.Module, block: str, rows: list, columns: list = (),

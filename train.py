@@ -249,8 +249,8 @@ class SpeedPruner(DensityPruner):
         v <- min(1, v * (limit / t(now)) ** 0.5)
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
-    stays there, while v is still corrected. About a hundred corrections in a run are enough; with
-    the exponent 1, v would oscillate. A checkpoint holds v ("share", 1 at first) and the times of
+    stays there, while v is still corrected. A hundred corrections in a run are enough; with the
+    exponent 1, v would oscillate. A checkpoint holds v ("share", 1 at first) and the times of
     layers that t is computed from (see data/speed.py).
     """
 
@@ -315,10 +315,12 @@ def prepare(args):
     teacher = open_teacher(args, task, model, tokenizer, train)
     if args.layers:
         take_layers(model, args.layers)
-    # Do the blocks fit the matrices? Tried on a model of the same shapes that takes no memory.
+    # Do the blocks fit the matrices, and would some of them be kept? Tried before the work begins,
+    # on a model of the same shapes that takes no memory.
     with torch.device("meta"):
         for group in add_masks(type(model)(model.config), args):
             group.blocks_to_keep(1.0 if args.speedup else args.density)
+    # What tells this run from another one, when the same command is given again.
     flags = vars(args) | asdict(model.config.reading)
     settings = run.run_settings(flags, train, dev, model, teacher)
     job = Job(args, task, tokenizer, dev, RunFolder(args.out, settings, args.overwrite))

@@ -64,7 +64,7 @@ def read(path, train=False, columns=None):
     sentences, broken = [], []
     for i, row in enumerate(rows):
         cells = dict(zip(header, map(str.strip, row)))
-        *texts, label = map(cells.get, names)
+        *texts, label = map(cells.get, names)                   # None where there is no column
         if len(row) != len(header) or not all(texts):
             broken.append(f"line {i + 2}, {str(row)[:60]}")
         label = "" if label in ("-", "-1") else label           # "": it has none
@@ -144,7 +144,7 @@ def labels_of(sentences):
 
 
 def places(sentences, labels):
-    """The labels of the file that the model knows -> their places among the model's labels.
+    """For each label of the file that the model knows, too: its place among the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the place: with the
     model's labels ["negative", "positive"], the file's 0 is "negative".
@@ -174,7 +174,7 @@ def make_windows(sentences, tokenizer, config):
     if config.labels and learnt not in (0, texts):
         raise ValueError(f"{sentences[0].place}: the model has learnt from {learnt} "
                          f"texts in a row, but here are {texts}; see --columns (--ask: --context)")
-    pairs = [(*sentence.texts, "")[:2] for sentence in sentences]
+    pairs = [(*sentence.texts, "")[:2] for sentence in sentences]         # the second may be ""
     tokenizer.enable_truncation(length - texts - 1)                        # room for [CLS], [SEP]
     codes = tokenizer.encode_batch(pairs, add_special_tokens=False)
     tokenizer.no_truncation()

@@ -4,7 +4,8 @@
     python data/download.py --version 2.0 --model bert-large-uncased
     python data/download.py --glue SST-2          # data/SST-2/train.tsv and dev.tsv
 
-One idea: a file gets its name when it is whole. What is there is not downloaded again.
+One idea: a file gets its name when it is whole. What is there is not downloaded again. A model's
+folder is the last part of its name: of two with the same, remove the first.
 """
 import argparse
 import shutil

@@ -62,7 +62,7 @@ def add_pruning_flags(parser, methods):
     add("--method", default="movement", choices=methods, help="(default: %(default)s)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--density", type=fraction, default=0.25,
-        help="fraction of the encoder's weights to keep (default: %(default)s)")
+        help="fraction of the blocks, and so of the weights, to keep (default: %(default)s)")
     add("--speedup", type=float, metavar="X",
         help="instead: X times as fast as the dense model, on this machine")
     add("--lambda", dest="lambdas", type=float, nargs=2, default=[10.0, 10.0], metavar="L",
@@ -76,7 +76,7 @@ def add_pruning_flags(parser, methods):
 
 
 def add_training_flags(parser):
-    add = parser.add_argument_group("training (two defaults: with your data, offline)").add_argument
+    add = parser.add_argument_group("training (a second default: of the offline run)").add_argument
     add("--dense-epochs", type=count, help="of fine-tuning before pruning (default: 2, 1)")
     add("--epochs", type=count, help="of fine-pruning (default: 20, 2)")
     add("--fill-epochs", type=count, default=0,

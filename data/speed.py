@@ -1,7 +1,7 @@
 """How long a model's layers take on this machine, with fewer heads and FFN dimensions.
 
-One idea: a density is no speed, since deletion removes only whole heads and dimensions, and since
-each machine gains a different time from that. So a run that is asked for a speed first measures one
+One idea: a density is no speed, since deletion removes only whole heads and dimensions, and how
+much time that saves depends on the machine. So a run that is asked for a speed first measures one
 layer's attention with 0, 1, ..., H heads, its FFN with nine widths, and the rest of the model
 (embeddings, norms, sums, output layer). The time of any smaller model is then predicted as
 
@@ -21,15 +21,17 @@ import torch
 def measure_layers(model, batch, seconds):
     """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
 
-    A layer without heads and dimensions still takes time (norms, sums). "rest" holds this already,
-    so the time of such a layer is subtracted from the times of layers with heads or dimensions.
+    "rest" is the time of the model when its layers have no heads and no dimensions. Such layers
+    still take time (norms, sums). As "rest" holds it, it is subtracted from the times of layers
+    with heads or dimensions.
 
     seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
     The result can be written as JSON:
     "heads": [[0, ..., H], [how much longer an attention with so many takes than one without]];
     "ffn": [[0, ..., F], [how much longer an FFN with so many dimensions takes than one without]];
-    "rest": of the model without heads and FFN dimensions;
-    "dense": of the whole model, predicted from these as that of smaller ones will be.
+    "rest": see above;
+    "dense": of the whole model. It is predicted from the others, not measured: smaller models will
+    be predicted in the same way, and errors of the prediction partly cancel in the ratio.
     Noise is flattened: more heads or dimensions never take less time.
     """
     config = model.config

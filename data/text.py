@@ -101,7 +101,11 @@ def copy_tokenizer(source, folder):
 
 
 def batches(windows, size, epoch, seed):
-    """One epoch's batches of window indices, of similar length: sorted in chunks of 50 batches."""
+    """One epoch's batches of window indices, in random order.
+
+    Windows of a batch have similar lengths, so that little is padded: chunks of 50 batches are
+    sorted before they are cut.
+    """
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(windows)))
     rng.shuffle(order)
