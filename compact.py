@@ -53,6 +53,8 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     query, key, value: (C -> H D), output: (H D -> C), all with or without bias; head_size: D.
     Raises ValueError for a layer that still has its mask.
     """
+    # A dimension whose row is zero has its bias as its value, and so as the average of its values.
+    # Where the column is zero, this constant is multiplied by the column, and so adds nothing.
     keep = alive(value, output, head_size).repeat_interleave(head_size)                   # (H D,)
     delete(keep, [query, key, value], output, constants=value.bias)
     return output.in_features // head_size
