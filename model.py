@@ -300,7 +300,7 @@ class BertForGeneration(Bert):
         self.initialise(self)
 
     def visible_tokens(self, attention_mask, token_type_ids):
-        """(B, 1, T, T): row i sees column j of the source (it is first) or j <= i; no padding."""
+        """(B, 1, T, T): row i sees column j if j is of the source, or j <= i; never padding."""
         T = attention_mask.shape[1]
         not_later = attention_mask.new_ones(T, T).tril().bool()                          # j <= i
         source = token_type_ids[:, None, None] == 0                                # (B, 1, 1, T)
@@ -388,7 +388,7 @@ def load_checkpoint(kind, folder):
             model = kind(config_from_json(values, rows))
     except Exception as error:                     # nonsense raises anything
         raise ValueError(f"{path}: no model can be made of this: {error!r}") from None
-    missing = []               # output layers that the file lacks; they take memory and are random
+    missing = []               # output layers that the file lacks: they begin random
     for name, module in model.named_children():
         theirs = NAMES.get(name)
         if theirs and not any(other.startswith(theirs) for other in tensors):

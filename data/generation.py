@@ -99,7 +99,7 @@ def write(model, sep, input_ids, attention_mask, token_type_ids):
                  kv_caches=kv_caches)
     ones = torch.ones_like(input_ids[:, :1])                                             # (B, 1)
     tokens = [sep * ones]
-    ended = ones == 0                                                        # none: all False
+    ended = ones == 0                                                 # (B, 1), False at first
     while len(tokens) <= LONGEST and not ended.all():
         position = attention_mask.sum(1, keepdim=True)                                   # (B, 1)
         attention_mask = torch.cat([attention_mask, ones], 1)

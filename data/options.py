@@ -76,7 +76,7 @@ def add_pruning_flags(parser, methods):
 
 
 def add_training_flags(parser):
-    add = parser.add_argument_group("training (a second default: of the offline run)").add_argument
+    add = parser.add_argument_group("training (a second default is the offline run's)").add_argument
     add("--dense-epochs", type=count, help="of fine-tuning before pruning (default: 2, 1)")
     add("--epochs", type=count, help="of fine-pruning (default: 20, 2)")
     add("--fill-epochs", type=count, default=0,
