@@ -80,7 +80,8 @@ def compact_unread(writers: list, reader: nn.Linear) -> int:
 
     writers: all layers that compute these units, each (C -> F); reader: (F -> C); with or without
     bias. In a gated FFN (Llama, Qwen, Mistral, Gemma) gate_proj and up_proj write and down_proj
-    reads. It has zero columns only if it was masked, too: name it in a BlockGroup's `columns`.
+    reads. down_proj has zero columns only if it was masked itself: name it in a BlockGroup's
+    `columns`.
     Raises ValueError for a layer that still has its mask.
     """
     delete((reader.weight != 0).any(0), writers, reader)
@@ -244,13 +245,13 @@ def main(argv=None):
     """The command line. Raises ValueError, ArithmeticError or OSError."""
     import data  # here, because all of the above works without it
     from data import options, run
-    run.said.clear()                # a note is said once in a call of main; this is a new call
+    run.said.clear()      # data/run.py says a note only once in a call of main; this is a new call
     args = options.parse_compact(argv, __doc__.splitlines()[0])
     if args.expand:
         task = data.task_of(args.model)
         dense = expand(task.MODEL.from_pretrained(args.model))
         data.save_model(dense, args.expand, args.model)
-        print(f"{args.expand}: a {dense.ARCHITECTURE} in the dense shapes, as transformers opens")
+        print(f"{args.expand}: a {dense.ARCHITECTURE} in dense shapes, for transformers to open")
     elif args.ask:
         model, tokenizer, task = data.open_model(args.model)
         example = task.example(args.ask, args.context)
@@ -265,8 +266,8 @@ def delete_or_compare(args):
     from data import pictures
     model, tokenizer, task = data.open_model(args.model)
     examples = data.read_examples(task, args.dev, "dev", args.columns)
-    # Without --dev the generated corpus serves to measure times only. Its labels are not the
-    # model's, so the windows are made as if nobody knew the labels.
+    # Without --dev the generated corpus serves to measure times only. Its labels are not those that
+    # a classifier knows, which would be refused; without known labels, any are taken.
     config = model.config if args.dev else replace(model.config, labels=None)
     inputs = data.sample_inputs(task.make_windows(examples, tokenizer, config))
     if args.compare:

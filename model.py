@@ -44,7 +44,7 @@ class Reading:
     max_answer: int = 30                         # tokens in an answer
     null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
-    texts: int = 0                               # a classifier reads 1 or 2; 0: not known
+    texts: int = 0                               # a classifier reads 1 or 2 texts; 0: not known
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Bert(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Without labels: a classifier sets its own, and the other models have none.
+        # A copy, which `config` below copies again; a classifier sets its own labels later.
         self.base_config = replace(config, labels=None, reading=replace(config.reading))
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
@@ -287,7 +287,7 @@ class BertForSequenceClassification(Bert):
 
 
 class BertForGeneration(Bert):
-    """BERT that reads a source (type 0) and writes a target (type 1), as BertForMaskedLM is saved.
+    """BERT that reads a source (type 0) and writes a target (type 1); saved as a BertForMaskedLM.
 
     All tokens see the source; a token of the target also sees itself and those before it.
     """
@@ -349,7 +349,7 @@ NAMES = {
     "vocabulary.transform": "cls.predictions.transform.dense",
     "vocabulary.norm": "cls.predictions.transform.LayerNorm",
 }
-# What config.json may say of these, if it says anything: BERT's other variants are not supported.
+# Where config.json has one of these, it must say this: BERT's variants are not supported.
 SUPPORTED = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
@@ -476,7 +476,7 @@ def check_unread(file, names):
 
 def checked_weight(file, name, tensor, shape):
     """A weight of the file as the model needs it, in float32. Raises ValueError."""
-    if not isinstance(tensor, Tensor):                         # None, or a type that none can have
+    if not isinstance(tensor, Tensor):            # None, or a type's name: see read_safetensors
         raise ValueError(f"{file}: {name!r} is {tensor or 'missing'}; is it a BERT, of floats?")
     if tensor.shape != shape or not tensor.is_floating_point():
         raise ValueError(f"{file}: {name!r} is {tensor.dtype} {list(tensor.shape)}, not "

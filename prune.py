@@ -132,7 +132,8 @@ class BlockGroup:
         columns  name patterns of the matrices that read what those write (its output): they are cut
                  into c x r blocks
         unit     how many rows make a part that is deleted whole: a head's size, or 1 in an FFN.
-                 It only decides whether scores are shared: those of whole units are (see below).
+                 It only decides whether scores are shared: if each block is made of whole units,
+                 they are (see the comment below)
         method   one of METHODS; with magnitude, scores are not learned
         """
         if method not in METHODS:
@@ -199,7 +200,7 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
-        # After a tenth of the way some score has moved, if the optimizer knows the scores.
+        # After a tenth of the way some score is no longer 0, if the optimizer knows the scores.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
@@ -250,7 +251,11 @@ class BlockGroup:
 
 
 def best(scores, k):
-    """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n."""
+    """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n.
+
+    Of [5, 3, 3, 3] the two greatest are 5 and the first 3: the k-th greatest score (3) is the
+    threshold, one score is above it, and so the first k - 1 of those that equal it are kept, too.
+    """
     threshold = scores.topk(k, sorted=False).values.min()
     above = scores > threshold
     ties = scores == threshold

@@ -1829,6 +1829,7 @@ BAD_TRAIN = """
 --train {dev} --dev {dev} | --model
 --eval EMPTY | empty
 {real} --out EMPTY | empty
+{real} --max-length 0 | at least 8
 {real} --max-length 1000 | 1000
 {real} --max-length 30 | --stride
 {real} --train {folder}/long.json | long.json: question two lines leaves

@@ -45,7 +45,7 @@ def main(argv=None):
 
     Raises ValueError, ArithmeticError or OSError for what is wrong outside of the code.
     """
-    run.said.clear()                # a note is said once in a call of main; this is a new call
+    run.said.clear()      # data/run.py says a note only once in a call of main; this is a new call
     args = options.parse_train(argv, __doc__.splitlines()[0], METHODS)
     if args.eval:
         scores = data.evaluate(args)
@@ -90,7 +90,8 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
     anew: the order of the windows from the seed and the epoch, random numbers from the seed and
     the step. So the result is the same.
 
-    With 0 epochs there is nothing to train: then the model is only baked and scored.
+    With 0 epochs there is nothing to train: then the model is only baked and scored. (A dense stage
+    of 0 epochs saves nothing that could be opened later: its model is that of --model.)
     """
     if epochs and job.folder.is_finished(stage):
         return data.open_model(job.folder.path / stage, job.task)[0]
@@ -103,7 +104,9 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         schedule += batches(job.windows, args.batch_size, epoch, args.seed)
     total = len(schedule)
     parallel_model = parallel(model)
-    # From the step at which a checkpoint goes on, else from 0; checkpoints are written on the way.
+    # Before its first step, this generator loads what a checkpoint of this stage holds into model
+    # and optimizer, and begins at the step where it was written, else at 0; between steps it writes
+    # new checkpoints.
     for step in job.folder.steps(stage, total, model, optimizer):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
@@ -184,6 +187,7 @@ class Teacher:
 
 
 def set_dropout(model, dropout):
+    """Set the rate of all dropout layers; None leaves them as the checkpoint's config.json says."""
     for module in model.modules():
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout
@@ -308,7 +312,7 @@ def prepare(args):
     task = TASKS[args.task]
     train = data.read_examples(task, args.train, "train", args.columns)
     dev = data.read_examples(task, args.dev, "dev", args.columns)
-    task.score({}, dev)                                # raises where there is nothing to score by
+    task.score({}, dev)        # tried before the work begins: raises if dev lacks answers or labels
     model, tokenizer, _ = data.open_model(args.model, task, args)
     task.prepare_model(model, train)
     model.to(DEVICE)
@@ -351,7 +355,8 @@ def begin_in_folder(job, model, train):
 def open_teacher(args, task, model, tokenizer, train):
     """The model that --teacher names, or None. Raises ValueError where there is none to learn from.
 
-    Without --teacher it will be the dense model, if that can learn its task first.
+    Without --teacher, the dense model will be the teacher, once its stage is finished; so it must
+    know the task already, or have epochs to learn it.
     """
     teacher = None
     name = args.teacher or args.model
@@ -387,7 +392,7 @@ def save_and_score(job, stage, model):
     """At a stage's end, once: save the model, evaluate it, record the scores."""
     if RANK > 0 or job.folder.is_finished(stage):
         return
-    if stage != "dense" or job.args.dense_epochs:                # else it is --model itself
+    if stage != "dense" or job.args.dense_epochs:         # else it is in --model's folder already
         data.save_model(model, job.folder.path / stage, job.args.model)
     predictions = job.task.predict(model, job.tokenizer, job.dev)
     save_json(job.folder.path / "predictions.json", predictions)

@@ -9,7 +9,8 @@ One idea: train.py and compact.py know no task. A task is a module of this folde
                                                             train: is it the file to learn from?
     example(text, path)                                  -> an example, with an id of its own
     prepare_model(model, examples)                       what the model must know about its data
-    targets_agree(teacher, model, examples)              -> do targets mean the same to both?
+    targets_agree(teacher, model, examples)              -> do targets (a classifier's labels) mean
+                                                            the same to both?
     make_windows(examples, tokenizer, config)            -> [Window], see text.py
     predict(model, tokenizer, examples)                  -> {id: text}
     score(predictions, examples)                         -> {"f1": 74.2, ...}, in percent

@@ -4,7 +4,7 @@
     a fine film<TAB>1                  -> [CLS] a fine film [SEP]
     sentence1<TAB>sentence2<TAB>label  -> [CLS] the first [SEP] the second [SEP]
 
-One idea: a label is a place among the model's labels, however a file spells it.
+One idea: a label is an index into the model's list of labels, however a file spells it.
 
 A header names the columns. There is no quoting: a " is a character. Labels are whatever stands
 there; a model that learns them keeps them, sorted, so that what it saves explains itself.
@@ -114,7 +114,7 @@ def example(text, path=None):
 
 
 def prepare_model(model, sentences):
-    """Ready a model to learn these labels; if it has others, its classifier starts random.
+    """Let the model learn these labels; if it has others, its classifier starts random.
 
     Raises ValueError if there are not two labels at least.
     """
@@ -133,7 +133,7 @@ def prepare_model(model, sentences):
 
 
 def targets_agree(teacher, model, sentences):
-    """Do both models have the labels of these examples, in the same places?"""
+    """Do both models have the labels of these examples, and with the same indices?"""
     return places(sentences, teacher.config.labels) == places(sentences, model.config.labels)
 
 
@@ -144,9 +144,9 @@ def labels_of(sentences):
 
 
 def places(sentences, labels):
-    """For each label of the file that the model knows, too: its place among the model's labels.
+    """For each label of the file that the model knows, too: its index in the model's labels.
 
-    Files often have 0, 1, ... where a model has names. Then the number is the place: with the
+    Files often have 0, 1, ... where a model has names. Then the number is the index: with the
     model's labels ["negative", "positive"], the file's 0 is "negative".
     """
     has_names = not any(map(str.isdecimal, labels))

@@ -5,7 +5,8 @@
     python data/download.py --glue SST-2          # data/SST-2/train.tsv and dev.tsv
 
 One idea: a file gets its name when it is whole. What is there is not downloaded again. A model's
-folder is the last part of its name: of two with the same, remove the first.
+folder has the last part of its name: where another model's last part is the same, remove that
+folder first.
 """
 import argparse
 import shutil

@@ -113,7 +113,7 @@ def parse_train(argv, description, methods):
     add_pruning_flags(parser, methods)
     add_training_flags(parser)
     args = parse(parser, argv)
-    if (args.max_length or 8) < 8 or 0 in (args.max_answer, args.batch_size):
+    if args.max_length in range(8) or 0 in (args.max_answer, args.batch_size):
         raise ValueError("--max-length must be at least 8, --max-answer and --batch-size at least "
                          "1")
     offline = not (args.model or args.train or args.eval)

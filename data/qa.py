@@ -80,7 +80,7 @@ def make_windows(questions, tokenizer, config):
         if not ids:
             raise ValueError(f"{question.file}: question {question.id}: its context has no token; "
                              "remove it")
-        start, end = answer_tokens(question, offsets)              # (-1, -1) fits in no window
+        start, end = answer_tokens(question, offsets)      # (-1, -1), no answer, lies in no window
         prefix = [cls, *code.ids, sep]
         room = reading.max_length - len(prefix) - 1
         if room <= reading.stride:

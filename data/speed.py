@@ -22,8 +22,8 @@ def measure_layers(model, batch, seconds):
     """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
 
     "rest" is the time of the model when its layers have no heads and no dimensions. Such layers
-    still take time (norms, sums). As "rest" holds it, it is subtracted from the times of layers
-    with heads or dimensions.
+    still take time (norms, sums). "rest" holds that time, and so it is subtracted from the times
+    of layers with heads or dimensions.
 
     seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
     The result can be written as JSON:

@@ -27,7 +27,8 @@ class Question:
     answers: list[str]                       # every text that counts as right
     offset: int | None = None                # where the first answer begins, as the file says
     span: tuple[int, int] | None = None      # where it was found to begin and end, for training
-    may_be_empty: bool | None = False        # may "" (no answer) be right, as in SQuAD v2.0?
+    # May "" (no answer) be right, as in SQuAD v2.0? None: as the model remembers (see `example`).
+    may_be_empty: bool | None = False
     file: str | Path = field(default="", repr=False)                   # where it stands, for errors
 
 
@@ -148,7 +149,7 @@ def find_spans(questions, path):
 
 
 def end_of(context, text, begin):
-    """Where a text that begins there ends; None if it doesn't stand there.
+    """Where `text` ends in the context if it begins at `begin`; None if it doesn't stand there.
 
     It may be spelled differently in the context, and up to 20 characters longer or shorter.
     """
