@@ -59,10 +59,12 @@ class BlockMask(nn.Module):
     def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
-        transposed  True for a matrix that reads outputs (W_O, or the second FFN matrix). It is cut
-                    as its transpose would be: 64xall makes blocks of 64 rows of W_Q, but of 64
-                    columns of W_O. Its scores and M (R, C) are those of the transpose, so that W_O
-                    can share those of W_Q: with 64xall, both are (12, 1) in BERT-base.
+        transposed  True for a matrix that reads what others write (W_O, or the second FFN matrix):
+                    a head is 64 rows of W_Q, but 64 columns of W_O. So it is turned, (in, out),
+                    before it is cut into r x c blocks: with 64xall in BERT-base, W_Q has 12 blocks
+                    of 64 rows, and W_O 12 blocks of 64 columns. Scores and M belong to the turned
+                    matrix: they are (12, 1) for both, so that both can share them. `forward` turns
+                    M back.
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
