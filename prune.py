@@ -256,7 +256,7 @@ def best(scores, k):
     """True for the k greatest scores (n,), the first ones where they tie; 1 <= k <= n.
 
     Of [5, 3, 3, 3] the two greatest are 5 and the first 3: the k-th greatest score (3) is the
-    threshold, one score is above it, and so the first k - 1 of those that equal it are kept, too.
+    threshold, one score is above it, and so only the first 2 - 1 of those that equal it are kept.
     """
     threshold = scores.topk(k, sorted=False).values.min()
     above = scores > threshold
