@@ -194,9 +194,9 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
 def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
-    # malloc gives large blocks back to the system when they are freed, and the next call waits for
-    # new pages. Freeing a block of 32 MB once raises the size from which it does so, and calls
-    # wait less.
+    # malloc of glibc gives large blocks back to the system when they are freed, so the next call
+    # waits for new ones. Once a block of 32 MB (eight million floats) was freed, it keeps all that
+    # are no larger.
     torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()
@@ -266,8 +266,8 @@ def delete_or_compare(args):
     from data import pictures
     model, tokenizer, task = data.open_model(args.model)
     examples = data.read_examples(task, args.dev, "dev", args.columns)
-    # Without --dev the generated corpus serves to measure times only. Its labels are not those that
-    # a classifier knows, which would be refused; without known labels, any are taken.
+    # Without --dev the generated corpus serves to measure times only. A classifier would refuse its
+    # labels, since it has learnt others. With labels=None it takes any.
     config = model.config if args.dev else replace(model.config, labels=None)
     inputs = data.sample_inputs(task.make_windows(examples, tokenizer, config))
     if args.compare:

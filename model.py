@@ -1,9 +1,9 @@
 """BERT, written by hand, that opens and saves Hugging Face checkpoints.
 
-One idea: a model is its tensors. BERT-base is 12 layers of one shape, each of two sublayers:
-self-attention and a feed-forward network (FFN). So a short table of names is enough to read
-anybody's checkpoint. Every layer may have its own number of heads and of FFN dimensions, because
-that is what block pruning leaves.
+One idea: a model is its tensors. All layers have the same tensors, by the same names, so a short
+table of names is enough to read anybody's checkpoint. A layer has two sublayers: self-attention and
+a feed-forward network (FFN). Every layer may have its own number of heads and of FFN dimensions,
+because that is what block pruning leaves.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids).unbind(1)   # logits, (B, T) each
@@ -174,7 +174,7 @@ class Bert(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # A copy, which `config` below copies again; a classifier sets its own labels later.
+        # A copy of its own. Only a classifier has labels, and sets them itself, in set_labels.
         self.base_config = replace(config, labels=None, reading=replace(config.reading))
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
@@ -184,7 +184,7 @@ class Bert(nn.Module):
     def config(self) -> BertConfig:
         """A fresh copy of the configuration, with the layers and the sizes that there are now.
 
-        Only `config.reading` is no copy: what is changed there, the model remembers.
+        Only `config.reading` is the model's own: what is changed there, it remembers.
         """
         return replace(
             self.base_config,

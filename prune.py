@@ -59,12 +59,11 @@ class BlockMask(nn.Module):
     def __init__(self, weight, block, transposed=False, owner=None):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
-        transposed  True for a matrix that reads what others write (W_O, or the second FFN matrix):
-                    a head is 64 rows of W_Q, but 64 columns of W_O. So it is turned, (in, out),
-                    before it is cut into r x c blocks: with 64xall in BERT-base, W_Q has 12 blocks
-                    of 64 rows, and W_O 12 blocks of 64 columns. Scores and M belong to the turned
-                    matrix: they are (12, 1) for both, so that both can share them. `forward` turns
-                    M back.
+        transposed  True for a matrix that reads what others write (W_O, or the second FFN matrix).
+                    Its scores must have the same shape as theirs, so that both can share them. But
+                    a head of BERT-base is 64 rows of W_Q, and 64 columns of W_O. So W_O is turned,
+                    (in, out), before it is cut into blocks: with 64xall, both matrices then have 12
+                    blocks, and scores and M are (12, 1). `forward` turns M back.
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -202,7 +201,7 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
-        # After a tenth of the way some score is no longer 0, if the optimizer knows the scores.
+        # By now the optimizer has moved the scores, if it knows them; else all of them are 0.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "

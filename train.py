@@ -117,7 +117,7 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
             logits = parallel_model(*inputs)
-            width = logits.shape[-1]
+            width = logits.shape[-1]          # K; the teacher's rows are made as long
             teacher_logits = teacher.logits(indices, inputs, width) if teacher else None
         loss, cross_entropy, kl = task_loss(logits, targets, teacher_logits, args.distill)
         loss = loss_factor * loss + penalty             # a penalty is the same in every process
@@ -165,7 +165,7 @@ class Teacher:
     def __init__(self, model, job):
         self.frozen_model = None
         if job.task.KEEPS_LOGITS:
-            # By window, (K,) for classification or (2, K) for qa: epochs have the same windows.
+            # By window, (K,) for classification or (2, K) for qa. All epochs have the same windows.
             self.kept_logits = dict(run_model(model, job.windows))
         else:
             self.frozen_model = copy.deepcopy(model).eval()     # the model itself goes on learning
@@ -253,7 +253,7 @@ class SpeedPruner(DensityPruner):
         v <- min(1, v * (limit / t(now)) ** 0.5)
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
-    stays there, while v is still corrected. A hundred corrections in a run are enough; with the
+    stays there, while v is still corrected. Some hundred corrections in a run are enough; with the
     exponent 1, v would oscillate. A checkpoint holds v ("share", 1 at first) and the times of
     layers that t is computed from (see data/speed.py).
     """
@@ -319,7 +319,7 @@ def prepare(args):
     teacher = open_teacher(args, task, model, tokenizer, train)
     if args.layers:
         take_layers(model, args.layers)
-    # Do the blocks fit the matrices, and would some of them be kept? Tried before the work begins,
+    # Do the blocks fit the matrices, and would at least one be kept? Tried before the work begins,
     # on a model of the same shapes that takes no memory.
     with torch.device("meta"):
         for group in add_masks(type(model)(model.config), args):

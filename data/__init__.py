@@ -3,7 +3,7 @@
 One idea: train.py and compact.py know no task. A task is a module of this folder that has
 
     MODEL, HEADLINE              its model's class, and the name of the score that counts
-    KEEPS_LOGITS                 whether memory holds a teacher's logits on all windows
+    KEEPS_LOGITS                 whether memory can hold a teacher's logits on all windows
     SUFFIX                       of the files it reads
     read(path, train, columns)                           -> examples, each with an `id`;
                                                             train: is it the file to learn from?

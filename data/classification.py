@@ -25,7 +25,7 @@ from model import BertForSequenceClassification
 MODEL = BertForSequenceClassification
 HEADLINE = "accuracy"                        # the score that counts
 SUFFIX = "tsv"                               # of the files it reads
-KEEPS_LOGITS = True                          # memory holds a teacher's logits on all windows
+KEEPS_LOGITS = True                          # memory can hold a teacher's logits on all windows
 COLUMNS = [                                  # one or two texts, and the label
     "question,sentence,label",                          # QNLI
     "sentence,label",                                   # SST-2
@@ -79,7 +79,7 @@ def find_columns(header, columns, train, path):
     """The columns to read: one or two texts, then the label (None if there is none)."""
     known = [columns] if columns else COLUMNS
     choices = [names.split(",") for names in known]
-    if not train:
+    if not train:                 # to predict, the label's column may be missing: None
         choices += [[*texts, None] for *texts, _ in choices]
     for names in choices:
         if {*names} <= {*header, None} and len(names) in (2, 3):
@@ -147,7 +147,8 @@ def places(sentences, labels):
     """For each label of the file that the model knows, too: its index in the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the index: with the
-    model's labels ["negative", "positive"], the file's 0 is "negative".
+    model's labels ["negative", "positive"], the file's 0 is "negative". Raises ValueError where two
+    labels of the file are the same one of the model.
     """
     has_names = not any(map(str.isdecimal, labels))
     found = {}
@@ -201,7 +202,7 @@ def predict(model, tokenizer, sentences):
     """The likeliest label of every row, by id, as the rows spell it."""
     labels = model.config.labels
     windows = make_windows(sentences, tokenizer, model.config)
-    names = [*labels]
+    names = [*labels]                                       # but spelled as in the file, below
     for label, place in places(sentences, labels).items():
         names[place] = label
     if names != labels:

@@ -101,7 +101,7 @@ def write(model, sep, input_ids, attention_mask, token_type_ids):
     tokens = [sep * ones]
     ended = ones == 0                                                 # (B, 1), False at first
     while len(tokens) <= LONGEST and not ended.all():
-        position = attention_mask.sum(1, keepdim=True)                                   # (B, 1)
+        position = attention_mask.sum(1, keepdim=True)         # (B, 1): padding takes no position
         attention_mask = torch.cat([attention_mask, ones], 1)
         visible = attention_mask[:, None, None].bool()                             # (B, 1, 1, T)
         x = model.encode(tokens[-1], visible, ones, position, kv_caches)                 # (B, 1, C)
@@ -149,7 +149,7 @@ def grams(words, n):
 
 def rouge_l(candidate, reference):
     """F1 of the longest common subsequence: 2 * LCS / (m + n)."""
-    row = [0] * (len(reference) + 1)             # LCS of what was read of both, up to each word
+    row = [0] * (len(reference) + 1)     # row[j]: LCS of the words so far and of reference[:j]
     for word in candidate:
         above = row[:]
         for j, other in enumerate(reference):

@@ -40,7 +40,7 @@ def add_data_flags(parser):
     add("--model", help="checkpoint's folder (default: the tiny BERT's)")
     add("--train", help="file to train on (default: a generated corpus)")
     add("--dev", help="file to evaluate on (default: likewise)")
-    add("--columns", metavar="NAMES", help="TEXT,LABEL or TEXT,TEXT2,LABEL (can be missing)")
+    add("--columns", metavar="NAMES", help="TEXT,LABEL or TEXT,TEXT2,LABEL (default: GLUE's)")
     add("--out", default="out", help="folder for the results (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace another or a finished run there")
     add("--eval", metavar="PATH", help="only score a saved model or a predictions.json")

@@ -19,7 +19,7 @@ def closing_table(summary):
     rows = [("model", *summary["dense"], "density", "parameters", "heads", "speed")]
     dense = summary["parameters_dense"], summary["heads_total"], 1.0
     small = summary["parameters_compact"], summary["heads_kept"], summary["speedup"]
-    densities = {"dense": 1.0, "pruned": summary["density"]}
+    densities = {"dense": 1.0, "pruned": summary["density"]}        # of the dense shapes
     for stage in STAGES:
         if stage not in summary:
             continue

@@ -29,7 +29,7 @@ from model import BertForQuestionAnswering
 MODEL = BertForQuestionAnswering
 HEADLINE = "f1"                              # the score that counts
 SUFFIX = "json"                              # of the files it reads
-KEEPS_LOGITS = True                          # memory holds a teacher's logits on all windows
+KEEPS_LOGITS = True                          # memory can hold a teacher's logits on all windows
 
 
 # ------------------------------------------------------------------------ text -> windows of tokens

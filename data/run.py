@@ -94,7 +94,7 @@ class RunFolder:
             self.state = {"scores": {}, "log_bytes": 0, **state}
             self.write_checkpoint()
         wait_for_all()
-        self.state = read_torch(self.checkpoint)
+        self.state = read_torch(self.checkpoint)         # in every process: what the first wrote
         if self.goes_on:
             say(f"{self.path}: going on with this run; finished: {[*self.state['scores']]}")
         if RANK == 0:

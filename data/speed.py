@@ -25,10 +25,10 @@ def measure_layers(model, batch, seconds):
     still take time (norms, sums). "rest" holds that time, and so it is subtracted from the times
     of layers with heads or dimensions.
 
-    seconds: compact.py's stopwatch, handed over because compact.py itself imports data/.
+    seconds: compact.py's stopwatch, handed over so that data/ does not import what stands above it.
     The result can be written as JSON:
-    "heads": [[0, ..., H], [how much longer an attention with so many takes than one without]];
-    "ffn": [[0, ..., F], [how much longer an FFN with so many dimensions takes than one without]];
+    "heads": [[0, ..., H], [how much longer an attention with that many takes than one without]];
+    "ffn": [[0, ..., F], [how much longer an FFN with that many takes than one without]];
     "rest": see above;
     "dense": of the whole model. It is predicted from the others, not measured: smaller models will
     be predicted in the same way, and errors of the prediction partly cancel in the ratio.

@@ -22,7 +22,7 @@ from model import read_json
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
-NORMALIZER = {                               # a setting in tokenizers: in tokenizer_config.json
+NORMALIZER = {                               # name in tokenizers: name in tokenizer_config.json
     "lowercase": "do_lower_case",
     "strip_accents": "strip_accents",
     "handle_chinese_chars": "tokenize_chinese_chars",
