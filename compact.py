@@ -244,8 +244,7 @@ def sizes(model, small):
 def main(argv=None):
     """The command line. Raises ValueError, ArithmeticError or OSError."""
     import data  # here, because all of the above works without it
-    from data import options, run
-    run.said.clear()      # data/run.py says a note only once in a call of main; this is a new call
+    from data import options
     args = options.parse_compact(argv, __doc__.splitlines()[0])
     if args.expand:
         task = data.task_of(args.model)

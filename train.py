@@ -45,7 +45,6 @@ def main(argv=None):
 
     Raises ValueError, ArithmeticError or OSError for what is wrong outside of the code.
     """
-    run.said.clear()      # data/run.py says a note only once in a call of main; this is a new call
     args = options.parse_train(argv, __doc__.splitlines()[0], METHODS)
     if args.eval:
         scores = data.evaluate(args)

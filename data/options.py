@@ -90,7 +90,7 @@ def add_training_flags(parser):
     add("--distill", type=fraction, default=0.9,
         help="weight of the teacher in the loss (default: %(default)s)")
     add("--amp", action="store_true",
-        help="compute in bfloat16 (autocast): for a GPU, or a CPU with avx512_bf16")
+        help="compute in bfloat16 (autocast): for an A100 or newer, or a CPU with avx512_bf16")
     add("--seed", type=count, default=0, help="of all random numbers (default: %(default)s)")
 
 
