@@ -1288,7 +1288,7 @@ def test_labels_are_the_datas_or_the_checkpoints(tmp_path):
         with stderr() as said:
             classification.prepare_model(model, rows)
         assert model.config.labels == labels
-        found = classification.indices_of(rows, labels)
+        found = classification.index_of(rows, labels)
         assert places == ["".join(str(found[label]) for label in given)]
         assert (model.classifier is before) == (known == labels) == model.has_head
         assert ("starts random" in said.getvalue()) != model.has_head
@@ -1300,7 +1300,7 @@ def test_labels_are_the_datas_or_the_checkpoints(tmp_path):
     assert "label 2 is not of" in error_of(
         classification.make_windows, rows, tokenizer, reading(labels=["a", "10"]))
     rows[0].label = "good"
-    assert "one label has two names" in error_of(classification.indices_of, rows, ["bad", "good"])
+    assert "one label has two names" in error_of(classification.index_of, rows, ["bad", "good"])
 
 
 def test_long_texts_are_cut_evenly(tmp_path):

@@ -125,7 +125,7 @@ def prepare_model(model, sentences):
                          "-1 count as no label")
     if model.has_head:
         known = model.config.labels                # do both have the same labels?
-        if len(labels) == len(known) == len(indices_of(sentences, known)):
+        if len(labels) == len(known) == len(index_of(sentences, known)):
             return
         note(f"the labels are {labels}, not {known}: the classifier starts random")
     model.set_labels(labels)
@@ -134,7 +134,7 @@ def prepare_model(model, sentences):
 
 def targets_agree(teacher, model, sentences):
     """Do both models have the labels of these examples, and with the same indices?"""
-    return indices_of(sentences, teacher.config.labels) == indices_of(sentences, model.config.labels)
+    return index_of(sentences, teacher.config.labels) == index_of(sentences, model.config.labels)
 
 
 def labels_of(sentences):
@@ -143,7 +143,7 @@ def labels_of(sentences):
     return sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
 
 
-def indices_of(sentences, labels):
+def index_of(sentences, labels):
     """For each label of the file that the model knows, too: its index in the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the index: with the
@@ -179,7 +179,7 @@ def make_windows(sentences, tokenizer, config):
     tokenizer.enable_truncation(length - texts - 1)                        # room for [CLS], [SEP]
     codes = tokenizer.encode_batch(pairs, add_special_tokens=False)
     tokenizer.no_truncation()
-    targets = indices_of(sentences, config.labels or labels_of(sentences))
+    targets = index_of(sentences, config.labels or labels_of(sentences))
     windows = []
     for sentence, code in zip(sentences, codes):
         if sentence.label and sentence.label not in targets:
@@ -203,7 +203,7 @@ def predict(model, tokenizer, sentences):
     labels = model.config.labels
     windows = make_windows(sentences, tokenizer, model.config)
     names = [*labels]                                       # but spelled as in the file, below
-    for label, i in indices_of(sentences, labels).items():
+    for label, i in index_of(sentences, labels).items():
         names[i] = label
     if names != labels:
         note(f"the file's labels {names} are taken as the model's {labels}")
