@@ -201,7 +201,7 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
-        # By now the optimizer has moved the scores, if it knows them; else all of them are 0.
+        # A tenth of the way on, an optimizer that knows the scores has moved some; else all are 0.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "

@@ -49,8 +49,8 @@ if distributed.is_torchelastic_launched():      # by torchrun
     WORLD = int(os.environ["WORLD_SIZE"])
     LOCAL = int(os.environ["LOCAL_RANK"])
 DEVICE = torch.device(f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu")
-# Float32 is float32 on a GPU, too, whatever the environment says. In TF32 the logits of the pruned
-# and the compact model would differ by more than the proof of deletion allows.
+# Float32 is float32 on a GPU, too, whatever the environment says. In TF32, which is less precise,
+# pruned and compact logits could differ by more than the proof of deletion allows.
 torch.set_float32_matmul_precision("highest")
 
 
