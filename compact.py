@@ -207,7 +207,8 @@ def seconds(model, batch):
 def survivors(model):
     """How many heads, and how many FFN dimensions, deletion would leave of every layer: two lists.
 
-    While the model is masked, its weights are W' = W * expand(M), so the masks decide.
+    For --speedup, which asks while the model is masked: its weights are W' = W * expand(M), so the
+    masks decide.
     """
     heads, dimensions = [], []
     for layer in model.layers:
@@ -223,7 +224,7 @@ def linear_weights(layers, count=Tensor.numel):
 
 
 def sizes(model, small):
-    """What summary.json says about the size of a pruned model and of its compact copy."""
+    """The size of a pruned model and of its compact copy, as a run's summary.json has it."""
     before, after = model.config, small.config
     total = linear_weights(model.layers)
     return {
@@ -265,8 +266,8 @@ def delete_or_compare(args):
     from data import pictures
     model, tokenizer, task = data.open_model(args.model)
     examples = data.read_examples(task, args.dev, "dev", args.columns)
-    # Without --dev the generated corpus serves to measure times only. A classifier would refuse its
-    # labels, since it has learnt others. With labels=None it takes any.
+    # Without --dev the generated corpus serves to measure times only. A classifier that has learnt
+    # other labels would refuse those of the corpus; with labels=None it takes any.
     config = model.config if args.dev else replace(model.config, labels=None)
     inputs = data.sample_inputs(task.make_windows(examples, tokenizer, config))
     if args.compare:

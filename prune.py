@@ -18,6 +18,8 @@ the weights of a kept block, which training moves along -g: S rises where g and 
 signs, so where weights are pushed away from zero, and falls where they are pushed towards zero.
 Hence the name "movement". A dropped block whose score is among the best again is back, with weights
 that hardly changed meanwhile (their gradient was 0; only momentum and weight decay moved them).
+Where several matrices share a score, it learns much less while its blocks are dropped; BlockGroup
+says why.
 
     group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
@@ -150,6 +152,9 @@ class BlockGroup:
         # it, or only the one that reads it, are left. So matrices that belong together (a layer's
         # query, key, value and output) share their scores: the first match of every pattern, then
         # the second, and so on, in the model's order. Gradients are summed over these matrices.
+        # While a unit is dropped, what its writers write meets zeros in the reader, so their part
+        # of the gradient is 0, and the reader's part knows only what the unit's bias gives. So its
+        # score learns little, and it mostly comes back because the scores of others fall below it.
         # Every other block (32x32, or a part of a head) is of use by itself: no sharing.
         r, c = parse_block(block)
         shares_scores = r is not None and c is None and r % unit == 0
@@ -201,7 +206,8 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
-        # A tenth of the way on, an optimizer that knows the scores has moved some; else all are 0.
+        # A tenth of the way from start to end, some score has moved, if the optimizer knows the
+        # scores. If all are 0 still, it doesn't.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "
@@ -301,7 +307,8 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
 def bake(model: nn.Module) -> float:
     """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone.
 
-    Do it before saving. To train on, delete first, or all the zeros may change again.
+    Do it before saving. To train on, delete the empty heads and dimensions first: the zeros are
+    plain weights now, which training would change, and then nothing is empty any more.
     Returns the density reached: the fraction of the masked weights that is not zero; 1 without any.
     """
     kept = total = 0

@@ -1105,12 +1105,10 @@ def test_the_metric_is_squads():
         asked, predictions = [], {}
         for case in REFERENCE[version]:
             number = str(len(asked))
-            question = squad_json.Question(number, "?", "", case["answers"], may_be_empty=cases)
-            asked.append(question)
-            predictions[asked[-1].id] = case["prediction"]
+            asked.append(squad_json.Question(number, "?", "", case["answers"], may_be_empty=cases))
+            predictions[number] = case["prediction"]
             result = qa.score(predictions, asked[-1:])
-            exact = case["exact" if cases else "exact_match"]
-            assert math.isclose(result["exact_match"], exact), case
+            assert math.isclose(result["exact_match"], case["exact" if cases else "exact_match"])
             assert math.isclose(result["f1"], case["f1"]), case
     result, stored = qa.score(predictions, asked), REFERENCE["metric_v2_all"]
     assert math.isclose(result["exact_match"], stored["exact"])
@@ -1172,8 +1170,10 @@ def test_what_a_question_says_about_itself_counts(tmp_path):
         read = read_entries(tmp_path, ben, other, version=version)
         assert all(question.may_be_empty for question in read)
         assert qa.score({"a": "Ben", "b": ""}, read)["exact_match"] == 100
-    for version, expected in (("v2.0", True), ("1.1", False), (None, False)):
-        assert read_entries(tmp_path, ben, version=version)[0].may_be_empty == expected
+    for version, answered, unanswered in (("v2.0", True, True), ("1.1", False, None)):
+        assert read_entries(tmp_path, ben, version=version)[0].may_be_empty is answered
+        assert read_entries(tmp_path, none[0], version=version)[0].may_be_empty is unanswered
+    assert "no question has an answer" in error_of(qa.score, {}, read_entries(tmp_path, none[0]))
     message = error_of(read_entries, tmp_path, ben | {"is_impossible": True})
     assert "question a is_impossible, but has an answer" in message
 
@@ -1396,6 +1396,7 @@ p["qas"].append(7) | data[0].paragraphs[1]
 q.pop("id") | data[0].paragraphs[1].qas[2]
 q.pop("answers") | data[0].paragraphs[1].qas[2]
 q.update(question=[]) | data[0].paragraphs[1].qas[2]
+q.update(question=chr(0xD83D)) | data[0].paragraphs[1].qas[2]
 q.update(answers=["x"]) | data[0].paragraphs[1].qas[2]
 q.update(answers={{"text": ["x"]}}) | qas[2]: not SQuAD's format (TypeError: 'answers' must be
 q.update(answers=None) | qas[2]: not SQuAD's format (TypeError: 'answers' must be

@@ -31,8 +31,8 @@ def open_model(folder, task=None, flags=None):
     """A saved model, its tokenizer and its task, checked against each other.
 
     task   the one that config.json names, unless given
-    flags  may say how to read (max_length, stride, ...); where they don't, or say None, it is as
-           in the model's training
+    flags  may say how to read (max_length, stride, ...); what they don't say, or give as None, is
+           as it was when the model was trained
     Raises ValueError or OSError.
     """
     if task is None:

@@ -46,7 +46,7 @@ class Sentence:
 
 
 def read(path, train=False, columns=None):
-    """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL" where it is none of GLUE's.
+    """Read a table; columns: "TEXT,LABEL" or "TEXT,TEXT2,LABEL", if its header isn't one of GLUE's.
 
     Nothing, "-" and "-1" are no labels (""), as in GLUE's tables. Rows without one are left out.
     But where no row has one, or there is no such column, all rows are read, to be predicted only.
@@ -140,11 +140,12 @@ def targets_agree(teacher, model, sentences):
 def labels_of(sentences):
     """All labels, sorted: numerically, if all are numbers."""
     labels = {sentence.label for sentence in sentences if sentence.label}
-    return sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
+    # Sorted twice, since a set has no order, and 1 and 01 are the same number.
+    return sorted(sorted(labels), key=int if all(map(str.isdecimal, labels)) else str)
 
 
 def index_of(sentences, labels):
-    """For each label of the file that the model knows, too: its index in the model's labels.
+    """The labels of the file that the model has, too, each with its index in the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the index: with the
     model's labels ["negative", "positive"], the file's 0 is "negative". Raises ValueError where two
@@ -202,7 +203,7 @@ def predict(model, tokenizer, sentences):
     """The likeliest label of every row, by id, as the rows spell it."""
     labels = model.config.labels
     windows = make_windows(sentences, tokenizer, model.config)
-    names = [*labels]                                       # but spelled as in the file, below
+    names = [*labels]                                       # spelled as in the file, if it has them
     for label, i in index_of(sentences, labels).items():
         names[i] = label
     if names != labels:

@@ -54,8 +54,9 @@ def make_windows(questions, tokenizer, config):
     cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
     length = config.reading.max_length
     # A window is [CLS] answer [SEP] left answer right [SEP] question, with as much of the context
-    # to the left as to the right of the answer: 3 + LONGEST + 2 * (answer + side) tokens.
-    half = (length - LONGEST - 3) // 2                                     # answer + side
+    # to the left as to the right of the answer. The answer stands in it twice, so these are
+    # 3 + LONGEST + 2 * (tokens of the answer + tokens to one side of it).
+    half = (length - LONGEST - 3) // 2                         # the answer and one side
     if half < 1:
         raise ValueError(f"--max-length {length} has no room beside a question of "
                          f"{LONGEST} tokens; raise it")

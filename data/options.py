@@ -40,11 +40,11 @@ def add_data_flags(parser):
     add("--model", help="checkpoint's folder (default: the tiny BERT's)")
     add("--train", help="file to train on (default: a generated corpus)")
     add("--dev", help="file to evaluate on (default: likewise)")
-    add("--columns", metavar="NAMES", help="TEXT,LABEL or TEXT,TEXT2,LABEL (default: GLUE's)")
+    add("--columns", help="names: TEXT,LABEL or TEXT,TEXT2,LABEL (default: GLUE's)")
     add("--out", default="out", help="folder for the results (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace another or a finished run there")
-    add("--eval", metavar="PATH", help="only score a saved model or a predictions.json")
-    add("--predict", metavar="FILE", help="with --eval: write predictions there, without scores")
+    add("--eval", help="only score a saved model's folder or a predictions.json")
+    add("--predict", help="with --eval: file to write predictions to; there are no scores then")
     title = "reading (default: as the model was trained, else 384, 128, 30, 0)"
     add = parser.add_argument_group(title).add_argument
     add("--max-length", type=count, help="tokens in a window")
@@ -86,7 +86,7 @@ def add_training_flags(parser):
     add("--score-lr", type=fraction, default=1e-2,
         help="of the scores; it matters for soft-movement alone (default: %(default)s)")
     add("--dropout", type=fraction, help="in training (default: the checkpoint's)")
-    add("--teacher", metavar="FOLDER", help="model to distill from (default: the dense one)")
+    add("--teacher", help="folder of the model to distill from (default: the dense model)")
     add("--distill", type=fraction, default=0.9,
         help="weight of the teacher in the loss (default: %(default)s)")
     add("--amp", action="store_true",
@@ -138,9 +138,9 @@ def parse_compact(argv, description):
     one("--expand", metavar="FOLDER", help="write the model in the dense shapes, to there")
     one("--compare", metavar="FOLDER", help="scores, size and speed of this model and another")
     one("--ask", metavar="TEXT", help="a question, a classifier's text, or an answer")
-    add("--context", metavar="FILE", help="a text file with the answer, or the second text")
-    add("--dev", metavar="FILE", help="data to measure on (default: the generated corpus)")
-    add("--columns", metavar="NAMES", help="of a table, as train.py's")
+    add("--context", help="a text file with the answer, or the second text")
+    add("--dev", help="file to measure on (default: the generated corpus)")
+    add("--columns", help="names, as train.py's")
     return parse(parser, argv)
 
 
@@ -153,9 +153,9 @@ def check(args):
         for name in STAGES:
             if Path(path).resolve().is_relative_to(Path(args.out, name).resolve()):
                 raise ValueError(f"{path}: the run would write over it; give another --out")
-    single = "1x1" in (args.block, args.ffn_block)
     if args.speedup is not None and (
-            not args.speedup >= 1 or single or args.method == "soft-movement" or not args.epochs):
+            not args.speedup >= 1 or "1x1" in (args.block, args.ffn_block)
+            or args.method == "soft-movement" or not args.epochs):
         raise ValueError("--speedup must be at least 1, and needs --epochs, a --method that ranks "
                          "(not soft-movement), and blocks larger than 1x1: single weights buy no "
                          "speed")

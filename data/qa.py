@@ -80,7 +80,7 @@ def make_windows(questions, tokenizer, config):
         if not ids:
             raise ValueError(f"{question.file}: question {question.id}: its context has no token; "
                              "remove it")
-        start, end = answer_tokens(question, offsets)      # (-1, -1), no answer, lies in no window
+        start, end = answer_tokens(question, offsets)   # no answer: (-1, -1), which no window holds
         prefix = [cls, *code.ids, sep]
         room = reading.max_length - len(prefix) - 1
         if room <= reading.stride:
@@ -161,7 +161,13 @@ def f1(prediction, truth):
 
 
 def score(predictions, questions):
-    """Exact match and F1 in percent: a question's best answer counts, a missing prediction is 0."""
+    """Exact match and F1 in percent: a question's best answer counts, a missing prediction is 0.
+
+    Raises ValueError where no question has an answer, unless the file calls itself version 2.0.
+    """
+    if questions[0].may_be_empty is None:
+        raise ValueError('no question has an answer to score by; see --predict, or, if "" is right '
+                         "everywhere, let the file say version 2.0")
     rows = [score_one(predictions.get(question.id), question) for question in questions]
     exact, overlap = (100 * sum(column) / len(rows) for column in zip(*rows))
     return {"exact_match": exact, "f1": overlap}

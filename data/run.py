@@ -63,7 +63,7 @@ class RunFolder:
     def __init__(self, path: str, settings: dict, overwrite: bool):
         """Look at the folder, and write nothing. Raises ValueError if another run lies there."""
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings))             # as they would be read back
+        self.settings = settings
         self.checkpoint = self.path / "checkpoint.pt"
         self.summary = None                                          # of this run, if finished
         self.goes_on = False
@@ -144,8 +144,8 @@ class RunFolder:
         seconds = round(monotonic() - self.stage_began, 3)
         line = {"stage": stage, "step": step, "seconds": seconds, **numbers, **losses}
         self.log(line)
-        shown = [name for name in ("loss", "attention_density", "ffn_density") if name in line]
-        words = [f"{name.removesuffix('_density')} {line[name]:.3g}" for name in shown]
+        words = [f"{name.removesuffix('_density')} {line[name]:.3g}"
+                 for name in ("loss", "attention_density", "ffn_density") if name in line]
         self.words = ", ".join(words)                    # for the bar, which `steps` shows
 
     def is_finished(self, stage):

@@ -27,7 +27,7 @@ class Question:
     answers: list[str]                       # every text that counts as right
     offset: int | None = None                # where the first answer begins, as the file says
     span: tuple[int, int] | None = None      # where it was found to begin and end, for training
-    # May "" (no answer) be right, as in SQuAD v2.0? None: as the model remembers (see `example`).
+    # May "" (no answer) be right, as in SQuAD v2.0? None: not known; the model remembers.
     may_be_empty: bool | None = False
     file: str | Path = field(default="", repr=False)                   # where it stands, for errors
 
@@ -53,7 +53,6 @@ def read(path, train=False, columns=None):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
                     question = read_question(entry, context, path)
-                    v2 |= not question.answers                  # one such makes it version 2.0
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
@@ -65,6 +64,10 @@ def read(path, train=False, columns=None):
     if count > 1:
         raise ValueError(f"{path}: {count} questions have the id {id_}; predictions go by id, so "
                          "give each its own")
+    # One question without an answer makes the file version 2.0. Where none has an answer, they are
+    # there to be predicted, and whether "" may be right isn't known.
+    answered = [bool(question.answers) for question in questions]
+    v2 = v2 or (not all(answered) if any(answered) else None)
     for question in questions:
         question.may_be_empty = v2
     if train:
@@ -96,7 +99,7 @@ def text_of(entry, key):
     value = entry[key]
     if type(value) is int and key == "id":
         return str(value)
-    if not value.strip():
+    if not value.strip().encode():                # half a surrogate pair raises a ValueError here
         raise ValueError(f"{key!r} is empty")
     return value
 
@@ -104,7 +107,8 @@ def text_of(entry, key):
 def example(text, path, answers=()):
     """The question `text` about the text of a file, for `--ask`. Raises ValueError or OSError.
 
-    For generation, `text` is the answer: it is also in `answers`, and its place is looked up.
+    For generation, which writes a question, `text` is the answer to ask about: it is also in
+    `answers`, and its place in the file is looked up.
     Whether "" may be right isn't known here (None): the model decides.
     """
     if not path:

@@ -138,8 +138,8 @@ def collate(windows, device):
 def run_model(model, windows, call=None):
     """Yields the index of each window, in no particular order, and what the model makes of it.
 
-    call: a function of the model's inputs, to be called instead of the model (generation.py writes
-    its texts so).
+    call: a function of the model's inputs, to be called instead of the model (as generation.py
+    does, to write its texts).
     Raises ArithmeticError for logits that are not finite.
     """
     model.eval()
