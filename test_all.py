@@ -70,7 +70,6 @@ from model import (
     write_safetensors,
 )
 
-run.note_busy_machine = lambda: None                    # what is said must not depend on the load
 HERE = Path(__file__).resolve().parent
 WORDS = (HERE / "data/tiny-bert/vocab.txt").read_text(encoding="utf-8")
 CORPUS = HERE / "data/corpus"
@@ -639,11 +638,8 @@ def test_soft_movement_keeps_what_is_above_the_threshold():
     assert torch.allclose(group.scores[0].grad, 5.0 * s * (1 - s) / s.numel() / 8, rtol=1e-4)
 
 
-LAYER_TIMES = json.loads("""
-{"heads": [[0, 1, 2, 3, 4], [0, 3, 4, 6, 9]],
- "ffn": [[0, 40, 80], [0, 5, 7]],
- "rest": 2, "dense": 50}
-""")
+LAYER_TIMES = {"heads": [[0, 1, 2, 3, 4], [0, 3, 4, 6, 9]], "ffn": [[0, 40, 80], [0, 5, 7]],
+               "rest": 2, "dense": 50}
 
 
 def test_a_speed_is_reached_by_pruning():
@@ -670,6 +666,9 @@ def test_a_speed_is_reached_by_pruning():
         assert compact.survivors(model) == masked
     times = speed.measure_layers(model, padded_inputs(), compact.seconds)
     assert json.loads(json.dumps(times)) == times and times["ffn"][0][-1] == 80
+    with stderr() as said:
+        speed.measure_layers(model, padded_inputs(), lambda *_: torch.rand(1).item())
+    assert "the measured times scatter" in said.getvalue()
 
 
 BAD_MASKS = """

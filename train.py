@@ -306,7 +306,6 @@ class Job:
 def prepare(args):
     """Open and check all that comes from outside, then begin in the folder: job, model, teacher."""
     run.start_processes()
-    run.note_busy_machine()
     if args.amp:
         run.note_slow_bfloat16()
     torch.manual_seed(args.seed)

@@ -271,13 +271,6 @@ def progress_bar(items, title, first=0, total=None):
                 delay=pause)
 
 
-def note_busy_machine():
-    """Say that measured times will be wrong, where the load says that others compute, too."""
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count():
-        note("this machine was busy in the last minute; if it still is, don't trust the times that "
-             "are measured, and training may be faster with OMP_NUM_THREADS=1 in the environment")
-
-
 def note_slow_bfloat16():
     """Say it where bfloat16 is computed in software."""
     if DEVICE.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):

@@ -16,11 +16,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from data.run import note
+
 
 @torch.inference_mode()
 def measure_layers(model, batch, seconds):
-    """Milliseconds for this batch of inputs: medians of 15 rounds, in which all take turns.
+    """Seconds for this batch of inputs: lower quartiles of 15 rounds, in which all take turns.
 
+    (Other work on the machine only makes times longer, so medians would be further from the truth.)
     "rest" is the time of the model when its layers have no heads and no dimensions. Such layers
     still take time (norms, sums). "rest" holds that time, and so it is subtracted from the times
     of layers with heads or dimensions.
@@ -50,19 +53,22 @@ def measure_layers(model, batch, seconds):
     inputs = model.embeddings(ids, types), model.visible_tokens(attention_mask, types)
     calls = [(rest, batch)] + [(layer, inputs) for layer in layers]
     rounds = [[seconds(*call) for call in calls] for _ in range(15)]
-    medians = 1000 * np.median(rounds, 0)
-    of_heads, of_ffn = medians[1:len(heads) + 1], medians[len(heads) + 1:]
+    low, high = np.percentile(rounds, (25, 75), 0)                          # of every call
+    if high.sum() > 1.3 * low.sum():
+        note("the measured times scatter: the machine is busy, so the speed may be missed; better "
+             "stop, and begin anew (--overwrite) when it is idle")
+    of_heads, of_ffn = low[1:len(heads) + 1], low[len(heads) + 1:]
     times = {
         "heads": [heads, (np.maximum.accumulate(of_heads) - of_heads[0]).tolist()],
         "ffn": [widths, (np.maximum.accumulate(of_ffn) - of_ffn[0]).tolist()],
-        "rest": float(medians[0]),
+        "rest": float(low[0]),
     }
     times["dense"] = predicted_time(times, config.heads_per_layer, config.ffn_per_layer)
     return times
 
 
 def predicted_time(layer_times, heads, dimensions):
-    """t above, in milliseconds; heads, dimensions: a list each, with a number for every layer.
+    """t above, in seconds; heads, dimensions: a list each, with a number for every layer.
 
     Between two measured widths the time is taken as linear.
     """
