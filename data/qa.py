@@ -163,11 +163,11 @@ def f1(prediction, truth):
 def score(predictions, questions):
     """Exact match and F1 in percent: a question's best answer counts, a missing prediction is 0.
 
-    Raises ValueError where no question has an answer, unless the file calls itself version 2.0.
+    Raises ValueError where no question has an answer, and none is called impossible.
     """
     if questions[0].may_be_empty is None:
-        raise ValueError('no question has an answer to score by; see --predict, or, if "" is right '
-                         "everywhere, let the file say version 2.0")
+        raise ValueError('no question has an answer to score by; see --predict, or, where "" is '
+                         "right, say is_impossible")
     rows = [score_one(predictions.get(question.id), question) for question in questions]
     exact, overlap = (100 * sum(column) / len(rows) for column in zip(*rows))
     return {"exact_match": exact, "f1": overlap}

@@ -53,6 +53,7 @@ def read(path, train=False, columns=None):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
                     question = read_question(entry, context, path)
+                    v2 |= question.may_be_empty
                     questions.append(question)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {place}: not SQuAD's format ({type(error).__name__}: {error}); "
@@ -64,10 +65,10 @@ def read(path, train=False, columns=None):
     if count > 1:
         raise ValueError(f"{path}: {count} questions have the id {id_}; predictions go by id, so "
                          "give each its own")
-    # One question without an answer makes the file version 2.0. Where none has an answer, they are
-    # there to be predicted, and whether "" may be right isn't known.
-    answered = [bool(question.answers) for question in questions]
-    v2 = v2 or (not all(answered) if any(answered) else None)
+    # One question without an answer makes the file version 2.0. Where none has an answer, and none
+    # is called impossible, they are there to be predicted; whether "" may be right isn't known.
+    answers = [question.answers for question in questions]
+    v2 = v2 or (not all(answers) if any(answers) else None)
     for question in questions:
         question.may_be_empty = v2
     if train:
@@ -88,8 +89,8 @@ def read_question(entry, context, path):
         if len(question.answers) == 1:
             begin = answer.get("answer_start")
             question.offset = -1 if begin is None else int(begin)
-    impossible = str(entry.get("is_impossible")).lower() in ("true", "1")
-    if impossible and question.answers:
+    question.may_be_empty = str(entry.get("is_impossible")).lower() in ("true", "1")
+    if question.may_be_empty and question.answers:
         raise ValueError(f"question {question.id} is_impossible, but has an answer")
     return question
 
