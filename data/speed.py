@@ -56,7 +56,7 @@ def measure_layers(model, batch, seconds):
     low, high = np.percentile(rounds, (25, 75), 0)                          # of every call
     if high.sum() > 1.3 * low.sum():
         note("the measured times scatter: the machine is busy, so the speed may be missed; better "
-             "stop, and begin anew (--overwrite) when it is idle")
+             "stop, and begin anew in another --out when it is idle")
     of_heads, of_ffn = low[1:len(heads) + 1], low[len(heads) + 1:]
     times = {
         "heads": [heads, (np.maximum.accumulate(of_heads) - of_heads[0]).tolist()],
