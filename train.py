@@ -253,10 +253,9 @@ class SpeedPruner(DensityPruner):
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
     stays there, while v is still corrected. A run has some hundred corrections. Because of the
-    exponent 0.5, each makes up for half of the error only (in logarithms), since heads become empty
-    some time after v has fallen: with the exponent 1, v would oscillate. A checkpoint holds v
-    ("share", 1 at first) and the times of layers that t is computed from (see data/speed.py).
-    `begin_in_folder`, below, sets both.
+    exponent 0.5, each makes up for half of the error only (in logarithms); with the exponent 1, v
+    would oscillate. A checkpoint holds v ("share", 1 at first) and the times of layers that t is
+    computed from (see data/speed.py). `begin_in_folder`, below, sets both.
     """
 
     def update(self, step, total):

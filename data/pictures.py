@@ -52,7 +52,7 @@ def report(summary):
 
 
 def bar(kept, total, x, y):
-    """A bar as long as what is left of `total`. When the picture opens, it shrinks to it once."""
+    """A bar as long as what is left of `total`; it shrinks to that when the picture opens."""
     length = 200 * kept / max(1, total)
     return (f'<rect x="{x}" y="{y}" width="200" height="14" fill="{GREY}" fill-opacity=".2"/>'
             f'<rect x="{x}" y="{y}" width="{length:.1f}" height="14" fill="{BLUE}">'
