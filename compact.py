@@ -27,8 +27,8 @@ adds only a constant, or nothing.
     python compact.py out/dense --compare out/filled       # scores, size and speed of both
     python compact.py out/compact --ask "Who ...?" --context FILE
 
-It is exact in eval mode only: attention dropout would break the sum to 1. What is left are new
-parameters, so training on needs a new optimizer.
+It is exact in eval mode only: attention dropout would break the sum to 1. The weights that are left
+become new parameters, so training on needs a new optimizer.
 Source: Lagunas et al., Block Pruning For Faster Transformers, 2021 (arXiv 2109.04838), section 3.
 
 Shapes in comments: C hidden size, H heads, D head size, F FFN dimensions.
@@ -53,8 +53,9 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     query, key, value: (C -> H D), output: (H D -> C), all with or without bias; head_size: D.
     Raises ValueError for a layer that still has its mask.
     """
-    # A dimension whose row is zero has its bias as its value, and so as the average of its values.
-    # Where the column is zero, this constant is multiplied by the column, and so adds nothing.
+    # Where the row of a dimension is zero, its value is its bias for every token, and so is the
+    # average of these values. Where the column is zero, this constant is
+    # multiplied by the column, and so adds nothing.
     keep = alive(value, output, head_size).repeat_interleave(head_size)                   # (H D,)
     delete(keep, [query, key, value], output, constants=value.bias)
     return output.in_features // head_size
@@ -101,7 +102,7 @@ def alive(first, second, size=1):
 def delete(keep, writers, reader, constants=None):
     """Leave out the rows of `writers` and the columns of `reader` where `keep` (n,) is False.
 
-    constants (n,): what the reader gets from each unit, if it is deleted; None if that is 0.
+    constants (n,): for each unit, what the reader gets from it if it is deleted; None: always 0.
     """
     if any(map(parametrize.is_parametrized, [*writers, reader])):
         raise ValueError("a layer still has a mask, or another parametrization; call bake(model), "
@@ -162,8 +163,9 @@ def expand(small: nn.Module) -> nn.Module:
 def largest_difference(model: nn.Module, small: nn.Module, inputs: list) -> float:
     """Run both models on the same inputs; the largest difference in logits.
 
-    Raises ArithmeticError above float32's rounding: 1e-4 * max(1, largest |logit|), where padding,
-    whose logits are -1e4, does not count as large; and for logits that are NaN or infinite.
+    Raises ArithmeticError if it is more than float32's rounding explains, for which we take 1e-4 *
+    max(1, largest |logit|), or if logits are NaN or infinite. (Padding, with logits of -1e4, does
+    not count as large.)
     """
     model.eval()
     small.eval()
@@ -194,9 +196,9 @@ def speedup(model: nn.Module, small: nn.Module, batch: tuple) -> list:
 def seconds(model, batch):
     """How long one call takes of any module that gives a tensor."""
     model.eval()
-    # malloc of glibc gives large blocks back to the system when they are freed, so the next call
-    # waits for new ones. Once a block of 32 MB (eight million floats) was freed, it keeps all that
-    # are no larger.
+    # When a large block of memory is freed, the C library gives it back to the system, and it takes
+    # time to get a new one in the next call. But once a block of 32 MB (eight million floats) was
+    # freed, it keeps all blocks that are no larger.
     torch.empty(8_000_000)
     for _ in range(2):                               # the first call warms up
         begin = perf_counter()
@@ -207,8 +209,8 @@ def seconds(model, batch):
 def survivors(model):
     """How many heads, and how many FFN dimensions, deletion would leave of every layer: two lists.
 
-    For --speedup, which asks while the model is masked: its weights are W' = W * expand(M), so the
-    masks decide.
+    It works on a masked model, as --speedup needs it, because the weights of its layers are
+    W' = W * expand(M).
     """
     heads, dimensions = [], []
     for layer in model.layers:

@@ -1,9 +1,9 @@
 """BERT, written by hand, that opens and saves Hugging Face checkpoints.
 
 One idea: a model is its tensors. All layers have the same tensors, by the same names, so a short
-table of names is enough to read anybody's checkpoint. A layer has two sublayers: self-attention and
-a feed-forward network (FFN). Every layer may have its own number of heads and of FFN dimensions,
-because that is what block pruning leaves.
+table of names is enough to read any checkpoint of BERT. A layer has two sublayers, self-attention
+and a feed-forward network (FFN). Every layer may have its own number of heads and of dimensions in
+the FFN, because that is what block pruning leaves.
 
     model = BertForQuestionAnswering.from_pretrained("data/bert-base-uncased")
     start, end = model(input_ids, attention_mask, token_type_ids).unbind(1)   # logits, (B, T) each
@@ -42,9 +42,9 @@ class Reading:
     max_length: int = 384                        # tokens in a window
     stride: int = 128                            # tokens by which two windows overlap
     max_answer: int = 30                         # tokens in an answer
-    null_threshold: float = 0.0                  # no answer where [CLS] wins by more than this
+    null_threshold: float = 0.0                  # no answer if [CLS] wins by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
-    texts: int = 0                               # a classifier reads 1 or 2 texts; 0: not known
+    texts: int = 0                               # that a classifier reads, 1 or 2; 0: not known
 
 
 @dataclass
@@ -118,9 +118,9 @@ class Attention(nn.Module):
         return self.query.out_features // self.head_size
 
     def forward(self, x, visible, kv_cache=None):
-        """x (B, T, C); visible (B, 1, 1 or T, T): which tokens a token sees.
+        """x (B, T, C); visible (B, 1, 1, T) or (B, 1, T, T): which tokens a token sees.
 
-        kv_cache: in generation, a list of the keys and values of all earlier tokens; it grows.
+        kv_cache: in generation, a list of (keys, values), one pair for every call; it grows.
         """
         if not self.heads:
             return self.output.bias.expand_as(x)                # without heads it is a constant
@@ -174,7 +174,7 @@ class Bert(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # A copy of its own. Only a classifier has labels, and sets them itself, in set_labels.
+        # Copied, so that no two models share one. A classifier sets its labels in set_labels.
         self.base_config = replace(config, labels=None, reading=replace(config.reading))
         self.embeddings = Embeddings(config)
         sizes = zip(config.heads_per_layer, config.ffn_per_layer, strict=True)
@@ -184,7 +184,7 @@ class Bert(nn.Module):
     def config(self) -> BertConfig:
         """A fresh copy of the configuration, with the layers and the sizes that there are now.
 
-        Only `config.reading` is the model's own: what is changed there, it remembers.
+        Only `config.reading` is no copy: what is changed there, the model remembers.
         """
         return replace(
             self.base_config,

@@ -21,7 +21,8 @@ that hardly changed meanwhile (their gradient was 0; only momentum and weight de
 Where several matrices share a score, it learns much less while its blocks are dropped; BlockGroup
 says why.
 
-    group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"], columns=["*.output"])
+    group = BlockGroup(model, "32x32", rows=["*.query", "*.key", "*.value"],
+                       columns=["*.attention.output.dense"])   # names as in transformers' BERT
     group.advance(step, start=100, end=600, density=0.25)      # before every training step
     bake(model)                                   # plain nn.Linear layers again, with exact zeros
 
@@ -62,10 +63,11 @@ class BlockMask(nn.Module):
         """Scores for the blocks of `weight`, all 0; every block is kept. Raises ValueError.
 
         transposed  True for a matrix that reads what others write (W_O, or the second FFN matrix).
-                    Its scores must have the same shape as theirs, so that both can share them. But
-                    a head of BERT-base is 64 rows of W_Q, and 64 columns of W_O. So W_O is turned,
-                    (in, out), before it is cut into blocks: with 64xall, both matrices then have 12
-                    blocks, and scores and M are (12, 1). `forward` turns M back.
+                    It is transposed, (in, out), before it is cut into blocks, so that its scores
+                    have the same shape as theirs and both can share them. For a head of BERT-base
+                    is 64 rows of W_Q, but 64 columns of W_O, so 64 rows of its transpose. With
+                    64xall, both have 12 blocks, and scores and M are (12, 1). `forward` transposes
+                    M back.
         owner       the mask whose scores and M this one uses, so that both keep the same blocks
         """
         super().__init__()
@@ -113,12 +115,12 @@ class BlockMask(nn.Module):
         return F.avg_pool2d(weight.float().abs()[None], self.block, ceil_mode=True)[0]
 
     def _apply(self, fn, recurse=True):
-        """Move, but do not cast: in bfloat16 a step of 0.01 is lost on a score of 4."""
+        """Move, but stay in float32: in bfloat16, 4 + 0.01 is 4, so such a score would stand."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
 class BlockGroup:
-    """Linear layers whose blocks compete with each other; masks are attached to `model` at once.
+    """Linear layers whose blocks compete with each other. Making the group masks them in `model`.
 
     The blocks of all these layers are ranked together, so that some layers keep more than others.
     Blocks of two groups do not compete. A model usually has two groups: attention and FFN. All
@@ -152,10 +154,12 @@ class BlockGroup:
         # it, or only the one that reads it, are left. So matrices that belong together (a layer's
         # query, key, value and output) share their scores: the first match of every pattern, then
         # the second, and so on, in the model's order. Gradients are summed over these matrices.
-        # While a unit is dropped, what its writers write meets zeros in the reader, so their part
-        # of the gradient is 0, and the reader's part knows only what the unit's bias gives. So its
-        # score learns little, and it mostly comes back because the scores of others fall below it.
-        # Every other block (32x32, or a part of a head) is of use by itself: no sharing.
+        # While a unit is dropped, the reader's weights for it are 0, so no gradient reaches its
+        # writers; and the writers' weights are 0, so the reader's part of the gradient knows only
+        # what the unit's bias gives. So its score learns little, and it mostly comes back because
+        # the scores of others fall below it.
+        # Other blocks (32x32, or a part of a head) are of use without an exact partner: no sharing.
+        # (Where almost nothing is left of a head, their scores learn little, too.)
         r, c = parse_block(block)
         shares_scores = r is not None and c is None and r % unit == 0
         if shares_scores:
@@ -284,9 +288,10 @@ def cubic(step, start, end, first, last):
 def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
     """For AdamW: matrices; biases and norms, without weight decay; scores, at their own rate.
 
-    AdamW's steps have the size of the rate, however large the gradients are. So with twice the rate
-    all scores become twice as large, and their order stays: the scores' rate matters only for soft
-    movement, which compares them with a threshold.
+    AdamW's steps have the size of the rate, however large the gradients are. So a score says how
+    steadily its block helps, more than how much. With twice the rate all scores become twice as
+    large, and their order stays: the scores' rate matters only for soft movement, which compares
+    them with a threshold.
     """
     matrices, vectors, scores = [], [], []
     for name, parameter in model.named_parameters():
@@ -307,8 +312,8 @@ def parameter_groups(model: nn.Module, lr: float, score_lr: float) -> list:
 def bake(model: nn.Module) -> float:
     """Make the masks permanent: plain nn.Linear layers with zeros in place, scores gone.
 
-    Do it before saving. To train on, delete the empty heads and dimensions first: the zeros are
-    plain weights now, which training would change, and then nothing is empty any more.
+    Do it before saving. To train on, delete the empty heads and dimensions first. The zeros are
+    plain weights now: training would change them, and nothing would be empty any more.
     Returns the density reached: the fraction of the masked weights that is not zero; 1 without any.
     """
     kept = total = 0

@@ -2,8 +2,8 @@
 
 One idea: pruning is fine-tuning with a schedule. A run is a story of stages, which `whole_run`
 tells: dense fine-tuning; fine-pruning (fine-tuning while blocks are pruned) with the dense model as
-teacher, after which the zeros are made permanent; deletion; and, on request, filling. The loop of
-all stages follows it.
+teacher, after which the zeros are made permanent; deletion; and, on request, filling. The loop that
+the stages share is `train_stage`, below it.
 
     python train.py --block 32x32                                    # offline, a minute or two
     python train.py --block 32x32 --model FOLDER --train train.json --dev dev.json
@@ -103,15 +103,14 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
         schedule += batches(job.windows, args.batch_size, epoch, args.seed)
     total = len(schedule)
     parallel_model = parallel(model)
-    # Before its first step, this generator loads what a checkpoint of this stage holds into model
-    # and optimizer, and begins at the step where it was written, else at 0; between steps it writes
-    # new checkpoints.
+    # If there is a checkpoint of this stage, this generator loads it into model and optimizer, and
+    # begins at the step where it was written, else at 0. Between steps it writes new checkpoints.
     for step in job.folder.steps(stage, total, model, optimizer):
         torch.manual_seed(zlib.crc32(f"{args.seed} {stage} {step} {RANK}".encode()))  # for dropout
         lr = set_learning_rate(optimizer, args.lr, step, total)
         penalty = pruner.update(step, total) if pruner else 0.0      # and the masks of this step
-        # A single process takes the whole batch, with factor 1. Several processes share it; then
-        # the factors make the mean of their losses the loss of the whole batch.
+        # A single process takes the whole batch, with factor 1. Several processes share it, and
+        # their gradients are averaged; with these factors, that gives the whole batch's gradient.
         indices, loss_factor = my_share(job.windows, schedule[step])
         inputs, targets = collate([job.windows[i] for i in indices], DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
@@ -137,8 +136,8 @@ def train_stage(job, stage, model, epochs, pruner=None, teacher=None):
 def task_loss(logits, targets, teacher_logits, a):
     """(1 - a) * cross-entropy + a * T^2 * KL(teacher || student), means over the targets.
 
-    logits          (..., K): a row for every target, window by window
-    targets         (N,), window by window
+    logits          (..., K): a row for every target, window by window; (B, 2, K) in qa
+    targets         (N,), window by window; N is 2 B in qa
     teacher_logits  (N, K): the teacher's rows for the same windows and targets, in the same order;
                     None: no teacher, and the loss is the cross-entropy alone
     Padding is -1e4, which is probability 0 (with -inf, KL would be NaN).
@@ -164,7 +163,7 @@ class Teacher:
     def __init__(self, model, job):
         self.frozen_model = None
         if job.task.KEEPS_LOGITS:
-            # By window, (K,) for classification or (2, K) for qa. All epochs have the same windows.
+            # Index of a window -> (K,) in classification, (2, K) in qa; for all epochs the same.
             self.kept_logits = dict(run_model(model, job.windows))
         else:
             self.frozen_model = copy.deepcopy(model).eval()     # the model itself goes on learning
@@ -193,9 +192,9 @@ def set_dropout(model, dropout):
 
 
 def set_learning_rate(optimizer, peak, step, total):
-    """The weights' rate rises over a tenth of the steps (not pruning's warm-up), then falls to 0.
+    """The weights' rate rises over a tenth of the steps, then falls to 0; the scores' rate stays.
 
-    The rate of the scores stays the same.
+    This tenth has nothing to do with the warm-up of pruning.
     """
     warm = max(1, total // 10)
     lr = peak * min((step + 1) / warm, (total - step) / max(1, total - warm))
@@ -230,7 +229,7 @@ class DensityPruner:
     def update(self, step, total):
         """Set the masks of this step; returns what is to be added to the loss.
 
-        Each of the two groups has its own weight lambda of soft movement's penalty.
+        Each of the two groups has its own lambda, the weight of soft movement's penalty.
         """
         start, end = pruning_steps(self.args, total)
         return sum(group.advance(step, start, end, self.args.density, lambda_)
@@ -252,10 +251,10 @@ class SpeedPruner(DensityPruner):
         v <- min(1, v * (limit / t(now)) ** 0.5)
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
-    stays there, while v is still corrected. A run has some hundred corrections. Because of the
-    exponent 0.5, each makes up for half of the error only (in logarithms); with the exponent 1, v
-    would oscillate. A checkpoint holds v ("share", 1 at first) and the times of layers that t is
-    computed from (see data/speed.py). `begin_in_folder`, below, sets both.
+    stays there, while v is still corrected. A run has 100 to 200 corrections. The exponent 0.5 lets
+    each mend about half of the error (in logarithms), so that v does not oscillate. A
+    checkpoint holds v ("share", 1 at first) and the times of layers that t is computed from (see
+    data/speed.py). `begin_in_folder`, below, sets both.
     """
 
     def update(self, step, total):
@@ -272,7 +271,7 @@ class SpeedPruner(DensityPruner):
 
 
 def pruning_steps(args, total):
-    """The step at which pruning starts, and the one that has the final density; t0 and t1."""
+    """The steps t0, until which all blocks stay, and t1, from which on the density is final."""
     end = min(total - round(args.cooldown * total), total - 1)   # the last step has the final masks
     start = min(round(args.warmup * total), end)
     return start, end
@@ -303,7 +302,7 @@ class Job:
 
 
 def prepare(args):
-    """Open and check all that comes from outside, then begin in the folder: job, model, teacher."""
+    """Open and check all that comes from outside, start the run's folder: job, model, teacher."""
     run.start_processes()
     if args.amp:
         run.note_slow_bfloat16()
@@ -333,7 +332,7 @@ def prepare(args):
 
 
 def begin_in_folder(job, model, train):
-    """Cut the examples into windows, measure the layers for a speed, and begin in the folder."""
+    """Cut the examples into windows, measure the layers for a speed, and start the folder."""
     args, task, folder = job.args, job.task, job.folder
     say(f"{args.train or 'generated corpus'}: cutting {len(train):,} examples into windows; "
         f"{len(job.dev):,} examples to evaluate on")

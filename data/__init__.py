@@ -8,14 +8,17 @@ One idea: train.py and compact.py know no task. A task is a module of this folde
     read(path, train, columns)                           -> examples, each with an `id`;
                                                             train: is it the file to learn from?
     example(text, path)                                  -> an example, with an id of its own
-    prepare_model(model, examples)                       what the model must know about its data
+    prepare_model(model, examples)                       tells the model what it must know of its
+                                                            data; if its output layers don't fit
+                                                            it, they start anew (has_head False)
     targets_agree(teacher, model, examples)              -> do targets (a classifier's labels) mean
                                                             the same to both?
     make_windows(examples, tokenizer, config)            -> [Window], see text.py
     predict(model, tokenizer, examples)                  -> {id: text}
-    score(predictions, examples)                         -> {"f1": 74.2, ...}, in percent
+    score(predictions, examples)                         -> {"f1": 74.2, ...}, in percent; raises
+                                                            ValueError if examples lack answers
 
-The model gives a row of logits for every target of its windows, in their order.
+The model gives a row of logits for every target, window by window.
 """
 from pathlib import Path
 
@@ -31,7 +34,7 @@ def open_model(folder, task=None, flags=None):
     """A saved model, its tokenizer and its task, checked against each other.
 
     task   the one that config.json names, unless given
-    flags  may say how to read (max_length, stride, ...); what they don't say, or give as None, is
+    flags  may say how to read (max_length, stride, ...); what is missing there, or None, stays
            as it was when the model was trained
     Raises ValueError or OSError.
     """

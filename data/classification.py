@@ -106,7 +106,7 @@ def with_labels(sentences, path):
 
 
 def example(text, path=None):
-    """One text, or two, for `--ask`: the second is a file's. Raises OSError."""
+    """One text, or two, for `--ask`: the second is the text of a file. Raises OSError."""
     texts = [text]
     if path:
         texts.append(Path(path).read_text(encoding="utf-8-sig", errors="replace"))
@@ -145,7 +145,7 @@ def labels_of(sentences):
 
 
 def index_of(sentences, labels):
-    """The labels of the file that the model has, too, each with its index in the model's labels.
+    """Those labels of the file that the model has, too, each with its index in the model's labels.
 
     Files often have 0, 1, ... where a model has names. Then the number is the index: with the
     model's labels ["negative", "positive"], the file's 0 is "negative". Raises ValueError where two

@@ -4,9 +4,8 @@
     python data/download.py --version 2.0 --model bert-large-uncased
     python data/download.py --glue SST-2          # data/SST-2/train.tsv and dev.tsv
 
-One idea: a file gets its name when it is whole. What is there is not downloaded again. The folder
-of a model is named as the last part of the model's name. Where that of another model is the same,
-remove its folder first.
+One idea: a file gets its name when it is whole. What is there is not downloaded again. A model's
+folder has the last part of the model's name. If another model lies there, remove its folder first.
 """
 import argparse
 import shutil

@@ -1,4 +1,4 @@
-"""Task generation: write the question that an answer answers; score it by BLEU and ROUGE-L.
+"""Task generation: write a question for a given answer; score it by BLEU and ROUGE-L.
 
 One idea: source and target stand in one window, and a mask hides the later words of the target.
 
@@ -77,7 +77,7 @@ def make_windows(questions, tokenizer, config):
 
 
 def predict(model, tokenizer, questions):
-    """The likeliest question to every answer, word by word, by id."""
+    """A question for every answer, by id; each next word is the likeliest (see `write`)."""
     sep = tokenizer.token_to_id("[SEP]")
     sources = []
     for window in make_windows(questions, tokenizer, model.config):

@@ -95,7 +95,7 @@ def add_training_flags(parser):
 
 
 def parse(parser, argv):
-    """parse_args, but what is wrong raises ValueError, an empty argument too."""
+    """parse_args, but errors, and empty arguments, raise ValueError."""
     def refuse(message):
         raise ValueError(f"{message}; see --help")
 
@@ -145,7 +145,7 @@ def parse_compact(argv, description):
 
 
 def check(args):
-    """Settings of a run that make no sense, alone or together, raise ValueError."""
+    """Raises ValueError for settings of a run that make no sense, alone or together."""
     if bool(args.train) != bool(args.dev) or not args.model or args.predict:
         raise ValueError("--train and --dev need each other and --model: give all three; and "
                          "--predict needs --eval")

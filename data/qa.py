@@ -57,7 +57,7 @@ class SpanWindow(Window):
 
 
 def prepare_model(model, questions):
-    """Let the model know, and remember, whether "no answer" may be right."""
+    """Note in the model's configuration whether "no answer" may be right."""
     model.config.reading.no_answer = bool(questions[0].may_be_empty)
 
 
@@ -106,7 +106,7 @@ def answer_tokens(question, offsets):
 
 
 def best_span(logits, window, longest):
-    """The best span inside the context: score, first and last of its tokens, counted in there.
+    """The best span inside the context: its score, first and last token (0: the context's first).
 
     logits: (2, T); score: start[s] + end[e], where s <= e < s + longest.
     """
@@ -161,9 +161,9 @@ def f1(prediction, truth):
 
 
 def score(predictions, questions):
-    """Exact match and F1 in percent: a question's best answer counts, a missing prediction is 0.
+    """Exact match and F1 in percent: the answer that fits best counts; a missing prediction is 0.
 
-    Raises ValueError where no question has an answer, and none is called impossible.
+    Raises ValueError where no question has an answer, and none is marked as impossible.
     """
     if questions[0].may_be_empty is None:
         raise ValueError('no question has an answer to score by; see --predict, or, where "" is '

@@ -58,7 +58,7 @@ torch.set_float32_matmul_precision("highest")
 
 
 class RunFolder:
-    """The folder of one run. Whose it is, settings.json says; how far it is, checkpoint.pt."""
+    """The folder of one run: settings.json says which run it is, checkpoint.pt how far it is."""
 
     def __init__(self, path: str, settings: dict, overwrite: bool):
         """Look at the folder, and write nothing. Raises ValueError if another run lies there."""
@@ -90,7 +90,7 @@ class RunFolder:
 
     def begin(self, **state):
         """Claim the folder: go on from its checkpoint, or start anew with `state`."""
-        wait_for_all()                                   # all have looked: the first may write now
+        wait_for_all()                                   # all have looked, so the first may write
         if RANK == 0 and not self.goes_on:
             self.clear()
             save_json(self.path / "settings.json", self.settings)
@@ -109,16 +109,16 @@ class RunFolder:
         holds_a_run = (self.path / "settings.json").exists()
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        if holds_a_run:                                  # else the folders may be anybody's
+        if holds_a_run:                                  # else the folders may be the user's
             for name in STAGES:
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
     def steps(self, stage, total, model, optimizer):
         """The steps of a stage that are to be done, from its checkpoint on, if there is one.
 
-        To be used as the loop's range. Between two steps (in each, the caller calls `log_step`) a
-        bar shows how far the stage is, with the numbers that `log_step` got, and every ten minutes
-        a checkpoint is written.
+        The training loop runs over it, and calls `log_step` in each step. Between two steps a bar
+        shows how far the stage is, with the numbers that `log_step` got, and every ten minutes a
+        checkpoint is written.
         """
         first = 0
         if self.state.get("stage") == stage:
@@ -232,7 +232,7 @@ def my_share(windows, batch):
     """
     counts = [len(windows[i].targets) for i in batch]
     share = sum(counts[RANK::WORLD]) / sum(counts)
-    # A process that gets no window takes the first, with factor 0, because the others wait for it.
+    # A process without a window takes the first, with factor 0: the others wait for its gradients.
     return batch[RANK::WORLD] or batch[:1], WORLD * share
 
 
@@ -263,7 +263,7 @@ def note(text):
 
 
 def progress_bar(items, title, first=0, total=None):
-    """The items, with a bar on standard error; where that is no terminal, a line every minute."""
+    """The items, with a bar on standard error; if that is no terminal, a line every minute."""
     terminal = sys.stderr.isatty()
     pause = 0.1 if terminal else 60                # seconds
     return tqdm(items, title, total, initial=first, leave=False, ncols=80, disable=RANK > 0,
@@ -272,14 +272,14 @@ def progress_bar(items, title, first=0, total=None):
 
 
 def note_slow_bfloat16():
-    """Say it where bfloat16 is computed in software."""
+    """Say that bfloat16 will be slow, if this CPU does not compute it itself."""
     if DEVICE.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
         note("this CPU has no avx512_bf16, so it computes bfloat16 slower than float32")
 
 
 @contextmanager
 def one_line_errors():
-    """Bad input ends the program with one line of error and status 2; other errors are bugs."""
+    """Bad input ends the program with one line of error and status 2; a bug shows its traceback."""
     try:
         yield
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ much time that saves depends on the machine. So a run that is asked for a speed 
 layer's attention with 0, 1, ..., H heads, its FFN with nine widths, and the rest of the model
 (embeddings, norms, sums, output layer). The time of any smaller model is then predicted as
 
-    t = rest + sum over the layers of heads[h] + ffn[f]
+    t = rest + sum over the layers of (heads[h] + ffn[f])
 
 for layers with h heads and f dimensions. `SpeedPruner` in train.py prunes until t is small enough.
 
@@ -25,10 +25,10 @@ def measure_layers(model, batch, seconds):
 
     (Other work on the machine only makes times longer, so medians would be further from the truth.)
     "rest" is the time of the model when its layers have no heads and no dimensions. Such layers
-    still take time (norms, sums). "rest" holds that time, and so it is subtracted from the times
-    of layers with heads or dimensions.
+    still take time (norms, sums). "rest" holds that time, so the time of an empty attention or FFN
+    is subtracted from the times of the others.
 
-    seconds: compact.py's stopwatch, handed over so that data/ does not import what stands above it.
+    seconds: compact.py's stopwatch, handed over so that data/ does not import compact.py.
     The result can be written as JSON:
     "heads": [[0, ..., H], [how much longer an attention with that many takes than one without]];
     "ffn": [[0, ..., F], [how much longer an FFN with that many takes than one without]];
@@ -42,7 +42,8 @@ def measure_layers(model, batch, seconds):
     ids, attention_mask, types = batch
     heads = [*range(config.num_attention_heads + 1)]
     # Nine widths from 0 to F, closer where they are small, since pruning leaves small ones. All
-    # but 0 and F are made odd, since multiples of 16 would be faster than what pruning leaves.
+    # but 0 and F are made odd: multiples of 16 are faster than other widths, and pruning rarely
+    # leaves one.
     widths = [config.intermediate_size * i * i // 64 for i in range(9)]
     widths[1:8] = [width + 1 - width % 2 for width in widths[1:8]]
     none = [0] * len(model.layers)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from model import read_json
 
-FORMAT = "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"  # characters that nobody sees
+FORMAT = "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"  # invisible characters
 
 
 @dataclass
@@ -66,7 +66,7 @@ def read(path, train=False, columns=None):
         raise ValueError(f"{path}: {count} questions have the id {id_}; predictions go by id, so "
                          "give each its own")
     # One question without an answer makes the file version 2.0. Where none has an answer, and none
-    # is called impossible, they are there to be predicted; whether "" may be right isn't known.
+    # is marked impossible, they are there to be predicted; whether "" may be right isn't known.
     answers = [question.answers for question in questions]
     v2 = v2 or (not all(answers) if any(answers) else None)
     for question in questions:

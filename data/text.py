@@ -144,7 +144,7 @@ def run_model(model, windows, call=None):
     """
     model.eval()
     device = next(model.parameters()).device
-    # Long windows come first, so that the memory they took serves the others.
+    # Long windows come first, so that the others can reuse the memory that these took.
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     for indices in progress_bar(split(order, 32), "evaluate"):
         inputs, _ = collate([windows[i] for i in indices], device)
