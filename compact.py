@@ -15,7 +15,7 @@ adds only a constant, or nothing.
 | column d of the second FFN matrix   | Dimension d adds nothing.                                  |
 | row d of W_V, or column d of W_O,   | The head adds W_O[:, head] @ b_V[head], which moves to     |
 | for each dimension d of a head      | b_O. (A column that is zero adds nothing to this.)         |
-| a head's W_Q or W_K, but not W_V    | The head stays: it is a mean of its values.                |
+| a head's W_Q or W_K, but not W_V    | The head stays: it still averages its values.              |
 
     heads = compact_attention(query, key, value, output, head_size=64)     # of anybody's model
     dimensions = compact_ffn(first, second, activation)
@@ -54,8 +54,8 @@ def compact_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, output
     Raises ValueError for a layer that still has its mask.
     """
     # Where the row of a dimension is zero, its value is its bias for every token, and so is the
-    # average of these values. Where the column is zero, this constant is
-    # multiplied by the column, and so adds nothing.
+    # average of these values. Where the column is zero, this constant is multiplied by the column,
+    # and so adds nothing.
     keep = alive(value, output, head_size).repeat_interleave(head_size)                   # (H D,)
     delete(keep, [query, key, value], output, constants=value.bias)
     return output.in_features // head_size

@@ -184,7 +184,7 @@ class Bert(nn.Module):
     def config(self) -> BertConfig:
         """A fresh copy of the configuration, with the layers and the sizes that there are now.
 
-        Only `config.reading` is no copy: what is changed there, the model remembers.
+        Only `config.reading` is the model's own object, so that changes to it stay.
         """
         return replace(
             self.base_config,

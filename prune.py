@@ -64,7 +64,7 @@ class BlockMask(nn.Module):
 
         transposed  True for a matrix that reads what others write (W_O, or the second FFN matrix).
                     It is transposed, (in, out), before it is cut into blocks, so that its scores
-                    have the same shape as theirs and both can share them. For a head of BERT-base
+                    have the same shape as theirs and both can share them. A head of BERT-base, say,
                     is 64 rows of W_Q, but 64 columns of W_O, so 64 rows of its transpose. With
                     64xall, both have 12 blocks, and scores and M are (12, 1). `forward` transposes
                     M back.
@@ -81,7 +81,7 @@ class BlockMask(nn.Module):
         shape = (ceil(out / r), ceil(in_ / c))                                             # (R, C)
         self.block = (r, c)
         self.transposed = transposed
-        self.schedule_ended = True      # `advance` sets it; `bake` warns where it is False
+        self.schedule_ended = True    # `advance` sets it False until its `end`; `bake` then warns
         # In a tuple: a module that is an attribute would be registered, and its scores would be
         # saved once more with every mask that shares them.
         self.owner = (owner or self,)
@@ -115,7 +115,7 @@ class BlockMask(nn.Module):
         return F.avg_pool2d(weight.float().abs()[None], self.block, ceil_mode=True)[0]
 
     def _apply(self, fn, recurse=True):
-        """Move, but stay in float32: in bfloat16, 4 + 0.01 is 4, so such a score would stand."""
+        """Move, but stay in float32: in bfloat16, 4 + 0.01 is 4: the score would stay."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 
@@ -154,10 +154,10 @@ class BlockGroup:
         # it, or only the one that reads it, are left. So matrices that belong together (a layer's
         # query, key, value and output) share their scores: the first match of every pattern, then
         # the second, and so on, in the model's order. Gradients are summed over these matrices.
-        # While a unit is dropped, the reader's weights for it are 0, so no gradient reaches its
-        # writers; and the writers' weights are 0, so the reader's part of the gradient knows only
-        # what the unit's bias gives. So its score learns little, and it mostly comes back because
-        # the scores of others fall below it.
+        # While a unit is dropped, its weights are 0 on both sides. So no gradient comes through the
+        # reader's zeros to the writers. The reader's weights still get one, but what they read is
+        # only the constant that the unit's bias gives. So the score of a dropped unit learns
+        # little; the unit mostly comes back because the scores of others fall below its own.
         # Other blocks (32x32, or a part of a head) are of use without an exact partner: no sharing.
         # (Where almost nothing is left of a head, their scores learn little, too.)
         r, c = parse_block(block)
@@ -210,8 +210,8 @@ class BlockGroup:
         soft = self.method == "soft-movement"
         if (lambda_ if soft else density) is None:
             raise ValueError("soft-movement takes a lambda_, other methods a density")
-        # A tenth of the way from start to end, some score has moved, if the optimizer knows the
-        # scores. If all are 0 still, it doesn't.
+        # After a tenth of the way from start to end, some score should have moved. If all are still
+        # 0, the optimizer doesn't have them: it was made before the masks.
         begun = self.method != "magnitude" and step > start + (end - start) / 10
         if begun and not any(map(Tensor.any, self.scores)):
             warnings.warn("pruning has begun and no score has moved; make the optimizer after the "

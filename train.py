@@ -173,7 +173,7 @@ class Teacher:
         """The logits (N, K) of the windows of a batch; K becomes the student's `width`.
 
         The teacher read the windows in other batches, so a kept row may have more or less padding
-        than the student's: some is added, or cut off (F.pad cuts where a number is negative).
+        than the student's: padding is added, or cut off (F.pad cuts where a number is negative).
         """
         if self.frozen_model:
             return self.frozen_model(*inputs)

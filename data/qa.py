@@ -120,9 +120,9 @@ def best_span(logits, window, longest):
 def predict(model, tokenizer, questions):
     """The best answer to every question, by id; "" where it may be right and [CLS] scores higher.
 
-    "No answer" has the score of [CLS] as first and last token. It is high in every window without
-    the answer; only a window that holds an answer lowers it. So the lowest of these scores counts
-    (as in BERT's script for SQuAD v2.0).
+    "No answer" has the score of [CLS] as first and last token. That is high in every window without
+    the answer, and low in a window that holds it. So if any window holds an answer, the lowest of
+    these scores tells, and it counts (as in BERT's script for SQuAD v2.0).
     """
     reading = model.config.reading
     windows = make_windows(questions, tokenizer, model.config)
