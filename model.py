@@ -44,7 +44,7 @@ class Reading:
     max_answer: int = 30                         # tokens in an answer
     null_threshold: float = 0.0                  # no answer if [CLS] wins by more than this
     no_answer: bool = False                      # may "no answer" be right, as in SQuAD v2.0?
-    texts: int = 0                               # that a classifier reads, 1 or 2; 0: not known
+    texts: int = 0                               # how many a classifier reads, 1 or 2; 0: not known
 
 
 @dataclass

@@ -115,7 +115,7 @@ class BlockMask(nn.Module):
         return F.avg_pool2d(weight.float().abs()[None], self.block, ceil_mode=True)[0]
 
     def _apply(self, fn, recurse=True):
-        """Move, but stay in float32: in bfloat16, 4 + 0.01 is 4: the score would stay."""
+        """Move, but stay in float32: in bfloat16, 4 + 0.01 is 4, and scores would stop."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 

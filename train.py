@@ -252,8 +252,8 @@ class SpeedPruner(DensityPruner):
 
     Here `limit` falls from t(dense) to t(dense) / X on the cubic curve. In the cool-down the limit
     stays there, while v is still corrected. A run has 100 to 200 corrections. The exponent 0.5 lets
-    each mend about half of the error (in logarithms), so that v does not oscillate. A
-    checkpoint holds v ("share", 1 at first) and the times of layers that t is computed from (see
+    each mend about half of the error (in logarithms), so that v does not oscillate. A checkpoint
+    holds v ("share", 1 at first) and the times of layers that t is computed from (see
     data/speed.py). `begin_in_folder`, below, sets both.
     """
 

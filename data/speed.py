@@ -25,8 +25,9 @@ def measure_layers(model, batch, seconds):
 
     (Other work on the machine only makes times longer, so medians would be further from the truth.)
     "rest" is the time of the model when its layers have no heads and no dimensions. Such layers
-    still take time (norms, sums), which "rest" holds. So from the time of a layer with h heads and
-    no dimension that of a layer with neither is subtracted; and likewise for dimensions.
+    still take time (norms, sums), which "rest" holds. So what counts for h heads is the time of a
+    layer with h heads and no dimension, minus the time of a layer with neither; likewise for
+    dimensions.
 
     seconds: compact.py's stopwatch, handed over so that data/ does not import compact.py.
     The result can be written as JSON:
