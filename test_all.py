@@ -1453,7 +1453,7 @@ def test_downloads_are_whole_or_absent(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_pictures_show_what_is_kept():
+def test_pictures_and_bars_show_all():
     before = BertConfig(num_hidden_layers=2, num_attention_heads=3, hidden_size=6)
     after = SimpleNamespace(heads_per_layer=[1, 0], ffn_per_layer=[3072, 768])
     root = ElementTree.fromstring(pictures.layers_svg(before, after))
@@ -1461,6 +1461,8 @@ def test_pictures_show_what_is_kept():
     assert {"1 of 3", "0 of 3", "3072 of 3072", "768 of 3072", "layer 1"} < said
     widths = [bar.get("width") for bar in root.findall("{*}rect") if len(bar)]
     assert widths == ["66.7", "200.0", "0.0", "50.0"]
+    with stderr():                                      # no terminal: a line each time, uncut
+        assert str(run.progress_bar(range(9), "a long title" * 9)).endswith("\n")
 
 
 # ----------------------------------------------------------------------------------------- train.py
@@ -1487,10 +1489,9 @@ def test_the_loss_is_its_formula_and_blind_to_padding():
 def test_the_whole_run(tmp_path):
     flags = [*map(str, flags_of(tmp_path)), "--out", str(tmp_path / "out")]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        returned = train.main(flags)
+        summary = train.main(flags)
     out = said.getvalue()
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert returned == summary
+    assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     assert abs(summary["density"] - 0.25) < 0.01 and 0 < summary["compact_density"] < 1
     assert (summary["heads_total"], summary["ffn_total"], summary["ffn_kept"]) == (12, 240, 60)
     low, high = summary["speedup_quartiles"]

@@ -266,7 +266,7 @@ def progress_bar(items, title, first=0, total=None):
     """The items, with a bar on standard error; if that is no terminal, a line every minute."""
     terminal = sys.stderr.isatty()
     pause = 0.1 if terminal else 60                # seconds
-    return tqdm(items, title, total, initial=first, leave=False, ncols=80, disable=RANK > 0,
+    return tqdm(items, title, total, initial=first, leave=False, disable=RANK > 0,
                 bar_format=BAR if terminal else BAR + "\n", miniters=1, mininterval=pause,
                 delay=pause)
 
